@@ -1,0 +1,188 @@
+//! On which file system does an image lie, and could somebody on another host lock it?
+//!
+//! Read from `/proc/self/mountinfo`, a line at a time with procfs, so that one odd line costs only itself.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use procfs::process::MountInfo;
+use serde::{Deserialize, Serialize};
+
+use super::identity::{Device, FileStatus};
+use super::{ReadError, Roots};
+
+/// Where the locks of a file system are decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reach {
+    /// In this kernel: every holder is a process here.
+    Local,
+    /// On a file server or among cluster nodes: holders may be on other hosts.
+    Remote,
+    /// In a FUSE server: it may keep locks to itself, so that no holder shows here.
+    Fuse,
+}
+
+/// A mounted file system.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Such as `ext4` or `nfs4`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Such as `/dev/vda1` or `filer:/vol`.
+    pub source: String,
+    /// Where it is mounted.
+    pub point: PathBuf,
+    /// Mount options and those of the superblock, as in mountinfo.
+    pub options: Vec<String>,
+    /// The device that `/proc/locks` prints for its files; on btrfs and overlayfs not what `statx` says.
+    pub lock_device: Device,
+    /// Who may hold locks on it.
+    pub reach: Reach,
+}
+
+/// The file systems that this process can see.
+#[derive(Clone, Debug, Default)]
+pub struct Mounts {
+    by_id: HashMap<u64, Mount>,
+}
+
+const REMOTE: [&str; 17] = [
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "ceph",
+    "9p",
+    "afs",
+    "coda",
+    "gfs2",
+    "ocfs2",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "orangefs",
+    "pvfs2",
+    "glusterfs",
+];
+
+fn reach(kind: &str) -> Reach {
+    match kind {
+        _ if REMOTE.contains(&kind) => Reach::Remote,
+        // virtiofs speaks FUSE to the host of this guest.
+        "virtiofs" | "fuse" | "fuseblk" => Reach::Fuse,
+        _ if kind.starts_with("fuse.") => Reach::Fuse,
+        _ => Reach::Local,
+    }
+}
+
+impl Mounts {
+    /// Reads the mounts of this process.
+    ///
+    /// # Errors
+    /// When mountinfo cannot be read.
+    pub fn read(roots: &Roots) -> Result<Self, ReadError> {
+        let path = roots.proc.join("self/mountinfo");
+        let text = std::fs::read(&path).map_err(|e| ReadError::new(&path, e))?;
+        Ok(Self::parse(&String::from_utf8_lossy(&text)))
+    }
+
+    fn parse(text: &str) -> Self {
+        let mount = |line: &str| {
+            let info = MountInfo::from_line(line).ok()?;
+            let option = |(name, value): (&String, &Option<String>)| match value {
+                Some(value) => format!("{name}={value}"),
+                None => name.clone(),
+            };
+            let mut options: Vec<String> = info.mount_options.iter().chain(&info.super_options).map(option).collect();
+            options.sort();
+            options.dedup();
+            let mount = Mount {
+                reach: reach(&info.fs_type),
+                kind: info.fs_type,
+                source: unescape(&info.mount_source.unwrap_or_default()),
+                point: PathBuf::from(unescape(&info.mount_point.to_string_lossy())),
+                options,
+                lock_device: Device::parse(&info.majmin)?,
+            };
+            Some((u64::try_from(info.mnt_id).ok()?, mount))
+        };
+        Self { by_id: text.lines().filter_map(mount).collect() }
+    }
+
+    /// The mount that a file was reached through: by its mount id, or on kernels older than 5.8 by the longest mount
+    /// point that `path` starts with.
+    #[must_use]
+    pub fn of(&self, path: &Path, status: &FileStatus) -> Option<&Mount> {
+        match status.mount {
+            Some(id) => self.by_id.get(&id),
+            None => {
+                let above = self.by_id.values().filter(|m| path.starts_with(&m.point));
+                above.max_by_key(|m| m.point.as_os_str().len())
+            }
+        }
+    }
+
+    /// The mount at exactly this directory.
+    #[must_use]
+    pub fn at(&self, point: &Path) -> Option<&Mount> {
+        self.by_id.values().find(|m| m.point == point)
+    }
+}
+
+/// Undoes the octal escapes of mountinfo (`\040` for a space).
+fn unescape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find('\\') {
+        out.push_str(&rest[..at]);
+        let code = rest.get(at + 1..at + 4).and_then(|d| u8::from_str_radix(d, 8).ok()).filter(u8::is_ascii);
+        match code {
+            Some(byte) => out.push(char::from(byte)),
+            None => out.push('\\'),
+        }
+        rest = &rest[at + if code.is_some() { 4 } else { 1 }..];
+    }
+    out + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linux::identity;
+
+    #[test]
+    fn local_remote_and_fuse_are_told_apart() {
+        let mounts = Mounts::parse(
+            "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue\n\
+             not a mount\n\
+             40 35 0:52 / /srv/with\\040space rw,relatime shared:9 - nfs4 filer:/vol rw,vers=4.2,local_lock=none\n\
+             41 35 0:53 / /gl rw - fuse.glusterfs host:/v rw,user_id=0\n",
+        );
+        assert_eq!(mounts.by_id.len(), 3);
+        assert_eq!(mounts.by_id[&36].reach, Reach::Local);
+        assert_eq!(mounts.by_id[&36].lock_device, Device { major: 98, minor: 0 });
+        let nfs = &mounts.by_id[&40];
+        assert_eq!((nfs.reach, nfs.point.as_path()), (Reach::Remote, Path::new("/srv/with space")));
+        assert!(nfs.options.contains(&"local_lock=none".to_owned()));
+        assert_eq!(mounts.by_id[&41].reach, Reach::Fuse);
+    }
+
+    #[test]
+    fn a_file_of_ours_is_found_on_its_mount() {
+        let mounts = Mounts::read(&Roots::host()).unwrap();
+        let path = std::env::current_exe().unwrap();
+        let status = identity::status(&path).unwrap();
+        let by_id = mounts.of(&path, &status).unwrap();
+        let by_path = mounts.of(&path, &FileStatus { mount: None, ..status }).unwrap();
+        assert_eq!(by_id.point, by_path.point);
+    }
+
+    #[test]
+    fn escapes_are_undone_and_odd_ones_kept() {
+        assert_eq!(unescape(r"a\040b\011c\134d"), "a b\tc\\d");
+        assert_eq!(unescape(r"a\04"), r"a\04");
+        assert_eq!(unescape("a\\é"), "a\\é");
+    }
+}
