@@ -7,8 +7,8 @@
 
 #![warn(missing_docs)]
 
-//pub mod hold;
-//pub mod image;
+pub mod hold;
+pub mod image;
 pub mod linux;
 //pub mod monitor;
 pub mod protocol;

@@ -60,8 +60,7 @@ fn every_measured_pair_of_holder_and_attempt_is_predicted() {
     let mut pairs = 0;
     for line in ORACLE.lines() {
         let measured: Value = serde_json::from_str(line).unwrap();
-        let held: Access =
-            offsets(&measured["holder_bytes"]).into_iter().map(|o| LockByte::at(o).unwrap()).collect();
+        let held: Access = offsets(&measured["holder_bytes"]).into_iter().map(|o| LockByte::at(o).unwrap()).collect();
         let operation = Operation::named(measured["operation"].as_str().unwrap()).unwrap();
         let recipe = operation.recipe(family(measured["format"].as_str().unwrap())).unwrap();
         let (verdict, byte, message, destroyed) = match judge(recipe, HeldByOthers::read(held)) {

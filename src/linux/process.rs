@@ -56,7 +56,8 @@ pub fn facts(roots: &Roots, users: &Users, pid: i32) -> Option<ProcessFacts> {
         .or_else(|| cgroups.first())
         .map_or("", |c| c.pathname.as_str());
     let mut command_line = arguments.join(" ");
-    if let Some(end) = (0..=COMMAND_LINE_KEPT.min(command_line.len())).rev().find(|i| command_line.is_char_boundary(*i)) {
+    if let Some(end) = (0..=COMMAND_LINE_KEPT.min(command_line.len())).rev().find(|i| command_line.is_char_boundary(*i))
+    {
         command_line.truncate(end);
     }
     Some(ProcessFacts {

@@ -1,0 +1,289 @@
+//! Which image did somebody open, close, make or remove since we last looked?
+//!
+//! inotify by way of `notify`. It only makes the sampler look sooner: nothing is believed because of it, and what it does
+//! not see (network file systems, locks that change without an open) the timer finds. Our own questions open images too,
+//! and the kernel does not say whose open an event was: each is announced here first and its events are left out.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use notify::event::{AccessKind, AccessMode, ModifyKind};
+use notify::{Config, EventKind, EventKindMask, RecommendedWatcher, RecursiveMode, Watcher};
+
+/// What happened since the last time somebody asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// Files that somebody else opened or closed.
+    pub files: HashSet<PathBuf>,
+    /// Something was made, removed or renamed.
+    pub listing: bool,
+    /// The kernel's queue overflowed or the watch failed: anything may have happened.
+    pub lost: bool,
+}
+
+impl Touched {
+    /// Whether nothing happened.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty() && !self.listing && !self.lost
+    }
+}
+
+/// Watches directories and files; calls back once when something is to be fetched with [`ImageWatch::take`].
+pub struct ImageWatch {
+    watcher: RecommendedWatcher,
+    watched: HashSet<PathBuf>,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Default)]
+struct State {
+    touched: Touched,
+    announced: HashMap<PathBuf, Announced>,
+    watched_directories: HashSet<PathBuf>,
+}
+
+/// Opens of our own whose events have not come yet.
+struct Announced {
+    opens: u32,
+    closes: u32,
+    since: Instant,
+}
+
+/// Events come within milliseconds. An announcement that is older was for a file that no watch covers, or two equal
+/// events were merged (inotify(7)); it must not hide what somebody else does.
+const ANNOUNCEMENT_LASTS: Duration = Duration::from_secs(1);
+
+/// A poisoned lock is used as it is: the state is a set of hints, whole after each statement.
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl ImageWatch {
+    /// Starts with nothing watched. `wake` is called on a thread of `notify`.
+    ///
+    /// # Errors
+    /// When the kernel has no inotify instance left (`/proc/sys/fs/inotify/max_user_instances`).
+    pub fn new(wake: impl Fn() + Send + 'static) -> notify::Result<Self> {
+        let kinds = EventKindMask::CREATE
+            | EventKindMask::REMOVE
+            | EventKindMask::MODIFY_NAME
+            | EventKindMask::ACCESS_OPEN
+            | EventKindMask::ACCESS_CLOSE
+            | EventKindMask::ACCESS_CLOSE_NOWRITE;
+        let state = Arc::new(Mutex::new(State::default()));
+        let shared = Arc::clone(&state);
+        let handler = move |event: notify::Result<notify::Event>| {
+            let news = {
+                let mut state = lock(&shared);
+                let idle = state.touched.is_empty();
+                state.take_event(event, Instant::now());
+                idle && !state.touched.is_empty()
+            };
+            if news {
+                wake();
+            }
+        };
+        let watcher = RecommendedWatcher::new(handler, Config::default().with_event_kinds(kinds))?;
+        Ok(Self { watcher, watched: HashSet::new(), state })
+    }
+
+    /// Watches a directory for what happens in it, or a file.
+    ///
+    /// # Errors
+    /// When it cannot be watched; `MaxFilesWatch` when the user's limit is reached.
+    pub fn add(&mut self, path: &Path, is_directory: bool) -> notify::Result<()> {
+        if is_directory {
+            lock(&self.state).watched_directories.insert(path.to_owned());
+        }
+        self.watcher.watch(path, RecursiveMode::NonRecursive)?;
+        self.watched.insert(path.to_owned());
+        Ok(())
+    }
+
+    /// No longer watches `path`; one that is gone already is fine.
+    pub fn remove(&mut self, path: &Path) {
+        if self.watched.remove(path) {
+            // A removed directory took its watch along.
+            let _ = self.watcher.unwatch(path);
+            lock(&self.state).watched_directories.remove(path);
+        }
+    }
+
+    /// Whether `path` is watched.
+    #[must_use]
+    pub fn watches(&self, path: &Path) -> bool {
+        self.watched.contains(path)
+    }
+
+    /// Says that we are about to open and close `path` for reading, so that the two events are not taken for somebody
+    /// else's.
+    pub fn announce(&self, path: &Path) {
+        lock(&self.state).announce(path, Instant::now());
+    }
+
+    /// What happened, and forgets it.
+    #[must_use]
+    pub fn take(&self) -> Touched {
+        std::mem::take(&mut lock(&self.state).touched)
+    }
+}
+
+impl State {
+    fn announce(&mut self, path: &Path, now: Instant) {
+        let fresh = Announced { opens: 0, closes: 0, since: now };
+        let announced = self.announced.entry(path.to_owned()).or_insert(fresh);
+        if now.duration_since(announced.since) > ANNOUNCEMENT_LASTS {
+            (announced.opens, announced.closes) = (0, 0);
+        }
+        announced.opens += 1;
+        announced.closes += 1;
+        announced.since = now;
+    }
+
+    fn take_event(&mut self, event: notify::Result<notify::Event>, now: Instant) {
+        let Ok(event) = event else {
+            self.touched.lost = true;
+            return;
+        };
+        if event.need_rescan() {
+            self.touched.lost = true;
+            self.announced.clear();
+            return;
+        }
+        match event.kind {
+            EventKind::Access(AccessKind::Open(_) | AccessKind::Close(_)) => {
+                let closes_reader = matches!(event.kind, EventKind::Access(AccessKind::Close(AccessMode::Read)));
+                let opens = matches!(event.kind, EventKind::Access(AccessKind::Open(_)));
+                for path in event.paths {
+                    let ours = (opens || closes_reader) && self.is_ours(&path, opens, now);
+                    if !ours && !self.watched_directories.contains(&path) {
+                        self.touched.files.insert(path);
+                    }
+                }
+            }
+            EventKind::Create(_) | EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)) => {
+                self.touched.listing = true;
+                for path in event.paths {
+                    self.announced.remove(&path);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn is_ours(&mut self, path: &Path, opens: bool, now: Instant) -> bool {
+        let Some(announced) = self.announced.get_mut(path) else { return false };
+        if now.duration_since(announced.since) > ANNOUNCEMENT_LASTS {
+            self.announced.remove(path);
+            return false;
+        }
+        let left = if opens { &mut announced.opens } else { &mut announced.closes };
+        let ours = *left > 0;
+        *left = left.saturating_sub(1);
+        if announced.opens == 0 && announced.closes == 0 {
+            self.announced.remove(path);
+        }
+        ours
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::sync::mpsc;
+
+    fn watch() -> (ImageWatch, mpsc::Receiver<()>) {
+        let (tx, rx) = mpsc::channel();
+        (
+            ImageWatch::new(move || {
+                let _ = tx.send(());
+            })
+            .unwrap(),
+            rx,
+        )
+    }
+
+    /// Collects until `done` holds of everything that has come.
+    fn wait_for(watch: &ImageWatch, woken: &mpsc::Receiver<()>, done: impl Fn(&Touched) -> bool) -> Touched {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let mut all = Touched::default();
+        loop {
+            let new = watch.take();
+            all.files.extend(new.files);
+            all.listing |= new.listing;
+            all.lost |= new.lost;
+            if done(&all) {
+                return all;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(woken.recv_timeout(left).is_ok(), "nothing more came after {all:?}");
+        }
+    }
+
+    #[test]
+    fn an_open_by_somebody_else_is_told_and_our_own_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let (ours, theirs) = (root.join("ours"), root.join("theirs"));
+        File::create(&ours).unwrap();
+        File::create(&theirs).unwrap();
+        let (mut watch, woken) = watch();
+        watch.add(&root, true).unwrap();
+        for _ in 0..3 {
+            watch.announce(&ours);
+            drop(File::open(&ours).unwrap());
+        }
+        drop(File::open(&theirs).unwrap());
+        // Events come in order: when theirs is there, ours has been passed over.
+        let touched = wait_for(&watch, &woken, |t| t.files.contains(&theirs));
+        assert_eq!(touched.files, HashSet::from([theirs]));
+        drop(File::open(&ours).unwrap());
+        wait_for(&watch, &woken, |t| t.files.contains(&ours));
+    }
+
+    #[test]
+    fn making_renaming_and_removing_change_the_listing() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let (mut watch, woken) = watch();
+        watch.add(&root, true).unwrap();
+        File::create(root.join("a")).unwrap();
+        wait_for(&watch, &woken, |t| t.listing);
+        std::fs::rename(root.join("a"), root.join("b")).unwrap();
+        wait_for(&watch, &woken, |t| t.listing);
+        std::fs::remove_file(root.join("b")).unwrap();
+        wait_for(&watch, &woken, |t| t.listing);
+        std::fs::remove_dir(&root).unwrap();
+        wait_for(&watch, &woken, |t| t.listing);
+        watch.remove(&root);
+        std::fs::create_dir(&root).unwrap();
+        watch.add(&root, true).unwrap();
+        File::create(root.join("c")).unwrap();
+        wait_for(&watch, &woken, |t| t.listing);
+    }
+
+    #[test]
+    fn an_old_announcement_hides_nothing() {
+        let mut state = State::default();
+        let path = Path::new("/images/a");
+        let now = Instant::now();
+        state.announce(path, now);
+        let open =
+            || Ok(notify::Event::new(EventKind::Access(AccessKind::Open(AccessMode::Any))).add_path(path.into()));
+        state.take_event(open(), now + Duration::from_secs(2));
+        assert!(state.touched.files.contains(path));
+    }
+
+    #[test]
+    fn an_overflow_means_that_anything_may_have_happened() {
+        let mut state = State::default();
+        state.announce(Path::new("/images/a"), Instant::now());
+        let overflow = notify::Event::new(EventKind::Other).set_flag(notify::event::Flag::Rescan);
+        state.take_event(Ok(overflow), Instant::now());
+        assert!(state.touched.lost && state.announced.is_empty());
+    }
+}
