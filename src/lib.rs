@@ -10,15 +10,17 @@
 pub mod hold;
 pub mod image;
 pub mod linux;
-//pub mod monitor;
+pub mod monitor;
 pub mod protocol;
 pub mod text;
 
-//#[cfg(feature = "app")]
-//pub mod cli;
-//#[cfg(feature = "app")]
-//pub mod demo;
-//#[cfg(feature = "app")]
-//pub mod report;
-//#[cfg(feature = "app")]
-//pub mod tui;
+#[cfg(feature = "app")]
+pub mod cli;
+#[cfg(feature = "app")]
+pub mod demo;
+#[cfg(feature = "app")]
+pub mod report;
+#[cfg(feature = "app")]
+pub mod signals;
+#[cfg(feature = "app")]
+pub mod tui;

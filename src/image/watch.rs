@@ -118,6 +118,11 @@ impl ImageWatch {
         self.watched.contains(path)
     }
 
+    /// Everything that is watched.
+    pub fn watched(&self) -> impl Iterator<Item = &PathBuf> {
+        self.watched.iter()
+    }
+
     /// Says that we are about to open and close `path` for reading, so that the two events are not taken for somebody
     /// else's.
     pub fn announce(&self, path: &Path) {

@@ -3,8 +3,13 @@
 //! Read from `/proc/self/mountinfo`, a line at a time with procfs, so that one odd line costs only itself.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use procfs::process::MountInfo;
 use serde::{Deserialize, Serialize};
 
@@ -41,10 +46,12 @@ pub struct Mount {
     pub reach: Reach,
 }
 
-/// The file systems that this process can see.
-#[derive(Clone, Debug, Default)]
+/// The file systems that this process can see, kept current.
+#[derive(Debug)]
 pub struct Mounts {
-    by_id: HashMap<u64, Mount>,
+    by_id: HashMap<u64, Arc<Mount>>,
+    /// Open, because the kernel tells through it when a mount changes.
+    table: File,
 }
 
 const REMOTE: [&str; 17] = [
@@ -84,37 +91,31 @@ impl Mounts {
     /// When mountinfo cannot be read.
     pub fn read(roots: &Roots) -> Result<Self, ReadError> {
         let path = roots.proc.join("self/mountinfo");
-        let text = std::fs::read(&path).map_err(|e| ReadError::new(&path, e))?;
-        Ok(Self::parse(&String::from_utf8_lossy(&text)))
+        let mut table = File::open(&path).map_err(|e| ReadError::new(&path, e))?;
+        let by_id = read_all(&mut table).map_err(|e| ReadError::new(&path, e))?;
+        Ok(Self { by_id, table })
     }
 
-    fn parse(text: &str) -> Self {
-        let mount = |line: &str| {
-            let info = MountInfo::from_line(line).ok()?;
-            let option = |(name, value): (&String, &Option<String>)| match value {
-                Some(value) => format!("{name}={value}"),
-                None => name.clone(),
-            };
-            let mut options: Vec<String> = info.mount_options.iter().chain(&info.super_options).map(option).collect();
-            options.sort();
-            options.dedup();
-            let mount = Mount {
-                reach: reach(&info.fs_type),
-                kind: info.fs_type,
-                source: unescape(&info.mount_source.unwrap_or_default()),
-                point: PathBuf::from(unescape(&info.mount_point.to_string_lossy())),
-                options,
-                lock_device: Device::parse(&info.majmin)?,
-            };
-            Some((u64::try_from(info.mnt_id).ok()?, mount))
-        };
-        Self { by_id: text.lines().filter_map(mount).collect() }
+    /// Reads again if something was mounted or unmounted since: a mount id may be used again, so that a stale table would
+    /// name the wrong file system (proc_pid_mountinfo(5): a change shows as `POLLPRI`).
+    ///
+    /// # Errors
+    /// When mountinfo cannot be read any more.
+    pub fn refresh(&mut self) -> io::Result<()> {
+        let mut fds = [PollFd::new(self.table.as_fd(), PollFlags::POLLPRI)];
+        poll(&mut fds, PollTimeout::ZERO)?;
+        let changed = fds[0].revents().is_some_and(|r| r.intersects(PollFlags::POLLPRI | PollFlags::POLLERR));
+        if changed {
+            self.table.rewind()?;
+            self.by_id = read_all(&mut self.table)?;
+        }
+        Ok(())
     }
 
     /// The mount that a file was reached through: by its mount id, or on kernels older than 5.8 by the longest mount
     /// point that `path` starts with.
     #[must_use]
-    pub fn of(&self, path: &Path, status: &FileStatus) -> Option<&Mount> {
+    pub fn of(&self, path: &Path, status: &FileStatus) -> Option<&Arc<Mount>> {
         match status.mount {
             Some(id) => self.by_id.get(&id),
             None => {
@@ -126,9 +127,35 @@ impl Mounts {
 
     /// The mount at exactly this directory.
     #[must_use]
-    pub fn at(&self, point: &Path) -> Option<&Mount> {
+    pub fn at(&self, point: &Path) -> Option<&Arc<Mount>> {
         self.by_id.values().find(|m| m.point == point)
     }
+}
+
+fn read_all(table: &mut File) -> io::Result<HashMap<u64, Arc<Mount>>> {
+    let mut text = Vec::new();
+    table.read_to_end(&mut text)?;
+    Ok(String::from_utf8_lossy(&text).lines().filter_map(parse_line).collect())
+}
+
+fn parse_line(line: &str) -> Option<(u64, Arc<Mount>)> {
+    let info = MountInfo::from_line(line).ok()?;
+    let option = |(name, value): (&String, &Option<String>)| match value {
+        Some(value) => format!("{name}={value}"),
+        None => name.clone(),
+    };
+    let mut options: Vec<String> = info.mount_options.iter().chain(&info.super_options).map(option).collect();
+    options.sort();
+    options.dedup();
+    let mount = Mount {
+        reach: reach(&info.fs_type),
+        kind: info.fs_type,
+        source: unescape(&info.mount_source.unwrap_or_default()),
+        point: PathBuf::from(unescape(&info.mount_point.to_string_lossy())),
+        options,
+        lock_device: Device::parse(&info.majmin)?,
+    };
+    Some((u64::try_from(info.mnt_id).ok()?, Arc::new(mount)))
 }
 
 /// Undoes the octal escapes of mountinfo (`\040` for a space).
@@ -154,24 +181,24 @@ mod tests {
 
     #[test]
     fn local_remote_and_fuse_are_told_apart() {
-        let mounts = Mounts::parse(
-            "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue\n\
+        let table = "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue\n\
              not a mount\n\
              40 35 0:52 / /srv/with\\040space rw,relatime shared:9 - nfs4 filer:/vol rw,vers=4.2,local_lock=none\n\
-             41 35 0:53 / /gl rw - fuse.glusterfs host:/v rw,user_id=0\n",
-        );
-        assert_eq!(mounts.by_id.len(), 3);
-        assert_eq!(mounts.by_id[&36].reach, Reach::Local);
-        assert_eq!(mounts.by_id[&36].lock_device, Device { major: 98, minor: 0 });
-        let nfs = &mounts.by_id[&40];
+             41 35 0:53 / /gl rw - fuse.glusterfs host:/v rw,user_id=0\n";
+        let by_id: HashMap<u64, Arc<Mount>> = table.lines().filter_map(parse_line).collect();
+        assert_eq!(by_id.len(), 3);
+        assert_eq!(by_id[&36].reach, Reach::Local);
+        assert_eq!(by_id[&36].lock_device, Device { major: 98, minor: 0 });
+        let nfs = &by_id[&40];
         assert_eq!((nfs.reach, nfs.point.as_path()), (Reach::Remote, Path::new("/srv/with space")));
         assert!(nfs.options.contains(&"local_lock=none".to_owned()));
-        assert_eq!(mounts.by_id[&41].reach, Reach::Fuse);
+        assert_eq!(by_id[&41].reach, Reach::Fuse);
     }
 
     #[test]
     fn a_file_of_ours_is_found_on_its_mount() {
-        let mounts = Mounts::read(&Roots::host()).unwrap();
+        let mut mounts = Mounts::read(&Roots::host()).unwrap();
+        mounts.refresh().unwrap();
         let path = std::env::current_exe().unwrap();
         let status = identity::status(&path).unwrap();
         let by_id = mounts.of(&path, &status).unwrap();

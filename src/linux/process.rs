@@ -73,20 +73,40 @@ pub fn facts(roots: &Roots, users: &Users, pid: i32) -> Option<ProcessFacts> {
     })
 }
 
-/// The identity of the process that has `pid` now.
+/// As much of `/proc/PID/stat` as is needed to know a process again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Brief {
+    /// Which process has the pid now.
+    pub id: ProcessId,
+    /// The program that it runs now; another one after exec(2).
+    pub command: String,
+    /// A thread of the kernel: it has no descriptors (`PF_KTHREAD`).
+    pub is_kernel_thread: bool,
+}
+
+/// Looks who has `pid` now.
 #[must_use]
-pub fn identity(roots: &Roots, pid: i32) -> Option<ProcessId> {
+pub fn brief(roots: &Roots, pid: i32) -> Option<Brief> {
     let path = roots.proc.join(format!("{pid}/stat"));
     let mut text = Vec::with_capacity(512);
     std::fs::File::open(path).and_then(|mut f| f.read_to_end(&mut text)).ok()?;
-    Some(ProcessId { pid, start_time: start_time(&text)? })
+    parse_brief(pid, &text)
 }
 
-/// Field 22 of a stat line; the name in field 2 may hold spaces and parentheses.
-fn start_time(stat: &[u8]) -> Option<u64> {
+/// Field 2 is the name, which may hold spaces and parentheses; 9 the flags; 22 the start time (proc_pid_stat(5)).
+fn parse_brief(pid: i32, stat: &[u8]) -> Option<Brief> {
+    const PF_KTHREAD: u64 = 0x0020_0000;
+    let name_start = stat.iter().position(|b| *b == b'(')?;
     let name_end = stat.iter().rposition(|b| *b == b')')?;
-    let rest = std::str::from_utf8(&stat[name_end + 1..]).ok()?;
-    rest.split_ascii_whitespace().nth(19)?.parse().ok()
+    let command = String::from_utf8_lossy(stat.get(name_start + 1..name_end)?).into_owned();
+    let fields: Vec<&str> =
+        std::str::from_utf8(&stat[name_end + 1..]).ok()?.split_ascii_whitespace().take(20).collect();
+    let number = |i: usize| fields.get(i)?.parse::<u64>().ok();
+    Some(Brief {
+        id: ProcessId { pid, start_time: number(19)? },
+        command,
+        is_kernel_thread: number(6)? & PF_KTHREAD != 0,
+    })
 }
 
 fn arguments(roots: &Roots, pid: i32) -> Vec<String> {
@@ -180,6 +200,22 @@ fn pod_uid(part: &str) -> Option<String> {
     is_uid.then_some(uid)
 }
 
+/// Whether every process of the host can be seen: not from inside a pid namespace of its own, and not through a `/proc`
+/// that hides other users' (`hidepid`, proc(5)).
+#[must_use]
+pub fn sees_all(roots: &Roots, proc_options: &[String]) -> bool {
+    /// The inode of the first pid namespace (`PROC_PID_INIT_INO` in include/linux/proc_ns.h).
+    const FIRST: &str = "pid:[4026531836]";
+    let namespace = std::fs::read_link(roots.proc.join("self/ns/pid"));
+    let outermost = match namespace {
+        Ok(link) => link == Path::new(FIRST),
+        // A recorded tree may leave it out.
+        Err(_) => !roots.is_host(),
+    };
+    let hides = proc_options.iter().any(|o| o.strip_prefix("hidepid=").is_some_and(|v| v != "0" && v != "off"));
+    outermost && (!hides || nix::unistd::geteuid().is_root())
+}
+
 /// The names of `/etc/passwd`.
 #[derive(Clone, Debug, Default)]
 pub struct Users(HashMap<u32, String>);
@@ -258,9 +294,11 @@ mod tests {
 
     #[test]
     fn a_name_with_parentheses_does_not_hide_the_start_time() {
-        let stat = b"42 (a) R 1 (b) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4242 0 0";
-        assert_eq!(start_time(stat), Some(4242));
-        assert_eq!(start_time(b"42 (x"), None);
+        let stat = b"42 (a) R 1 (b) S 1 2 3 4 5 2097152 7 8 9 10 11 12 13 14 15 16 17 18 4242 0 0";
+        let brief = parse_brief(42, stat).unwrap();
+        assert_eq!((brief.id.start_time, brief.command.as_str(), brief.is_kernel_thread), (4242, "a) R 1 (b", true));
+        assert_eq!(parse_brief(42, b"42 (x"), None);
+        assert_eq!(parse_brief(42, b"42 )x( S 1"), None);
     }
 
     #[test]
@@ -268,7 +306,11 @@ mod tests {
         let pid = i32::try_from(std::process::id()).unwrap();
         let roots = Roots::host();
         let facts = facts(&roots, &Users::read(Path::new("/etc/passwd")), pid).unwrap();
-        assert_eq!(Some(facts.id), identity(&roots, pid));
+        let brief = brief(&roots, pid).unwrap();
+        assert_eq!(
+            (facts.id, facts.command.as_str(), false),
+            (brief.id, brief.command.as_str(), brief.is_kernel_thread)
+        );
         assert!(!facts.command_line.is_empty());
     }
 

@@ -1,0 +1,446 @@
+//! What did the operator ask for, and with which status does it end?
+//!
+//! The command line, its exit codes, and the commands that have no screen.
+
+use std::fmt;
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::demo;
+use crate::image::catalog::{Catalog, CatalogError};
+use crate::linux::Roots;
+use crate::monitor::look::{Looker, Scope};
+use crate::monitor::sampler::{Options, Sampler, StartError};
+use crate::monitor::snapshot::{Snapshot, Verdict};
+use crate::report::stream::{self, Stream};
+use crate::report::table::Layout;
+use crate::report::{json, table};
+use crate::signals::{ENDING, Signals};
+use crate::tui;
+
+/// The status that a command ends with; scripts depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// Fine, free, granted.
+    Fine,
+    /// Held, refused.
+    Held,
+    /// Wrong usage, or an error.
+    Error,
+    /// It cannot be told.
+    CannotTell,
+    /// No such image.
+    NoSuchImage,
+    /// Ended by a signal.
+    Signal(i32),
+}
+
+impl Exit {
+    /// The number.
+    #[must_use]
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Fine => 0,
+            Self::Held => 1,
+            Self::Error => 2,
+            Self::CannotTell => 3,
+            Self::NoSuchImage => 4,
+            Self::Signal(number) => u8::try_from(128 + number).unwrap_or(u8::MAX),
+        }
+    }
+
+    /// The status of a look: what cannot be told counts most, since the answer is not whole then.
+    #[must_use]
+    pub fn of(snapshot: &Snapshot) -> Self {
+        let any = |test: fn(Verdict) -> bool| snapshot.images.iter().any(|i| test(i.verdict));
+        if any(|v| !v.is_certain()) || !snapshot.troubles.is_empty() {
+            Self::CannotTell
+        } else if any(|v| v != Verdict::Free) {
+            Self::Held
+        } else {
+            Self::Fine
+        }
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit.code())
+    }
+}
+
+/// Shows who holds the locks that QEMU takes on disk images.
+#[derive(Debug, Parser)]
+#[command(name = "qlock-top", version, about, args_conflicts_with_subcommands = true)]
+#[command(after_help = "Exit status: 0 free, 1 held, 2 usage or error, 3 cannot tell, 4 no such image.")]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    watched: Watched,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Look once and print who holds what.
+    List {
+        #[command(flatten)]
+        paths: Paths,
+        /// Table for people or JSON for scripts.
+        #[arg(long, value_enum, default_value = "table")]
+        format: ListFormat,
+    },
+    /// Print changes as they happen, the present state first.
+    Watch {
+        #[command(flatten)]
+        watched: Watched,
+        /// Text for people or one JSON object a line for scripts.
+        #[arg(long, value_enum, default_value = "text")]
+        format: WatchFormat,
+    },
+    /// Try it on images of its own with make-believe VMs, in a temporary directory; needs no QEMU and no root.
+    Demo {
+        /// Make the scene, print its directory, and keep it until standard input ends or a signal comes.
+        #[arg(long)]
+        scene_only: bool,
+    },
+    /// One of the demo's make-believe programs.
+    #[command(hide = true)]
+    DemoActor(demo::ActorArgs),
+}
+
+#[derive(Debug, Args)]
+struct Paths {
+    /// Directories, image files or block devices [default: /var/lib/libvirt/images, if it is there].
+    #[arg(value_name = "PATH")]
+    paths: Vec<PathBuf>,
+    /// Watch directories with everything below them.
+    #[arg(long, short)]
+    recursive: bool,
+}
+
+#[derive(Debug, Args)]
+struct Watched {
+    #[command(flatten)]
+    paths: Paths,
+    /// Time between two looks, such as 1s, 500ms or 2m; opened and closed images are looked at in between.
+    #[arg(long, short, value_name = "TIME", default_value = "1s", value_parser = parse_interval)]
+    interval: Duration,
+}
+
+#[derive(Debug, Args)]
+struct Common {
+    /// Read a recorded tree instead of /proc.
+    #[arg(long, value_name = "DIR", global = true, hide_short_help = true)]
+    proc_root: Option<PathBuf>,
+    /// Never take a lock.
+    #[arg(long, global = true)]
+    read_only: bool,
+    /// When to use colour.
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto", global = true)]
+    color: Color,
+    /// Print nothing but ASCII characters.
+    #[arg(long, global = true)]
+    ascii: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ListFormat {
+    Table,
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum WatchFormat {
+    Text,
+    Ndjson,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Color {
+    Auto,
+    Always,
+    Never,
+}
+
+const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
+const LONGEST_INTERVAL: Duration = Duration::from_secs(3600);
+
+fn parse_interval(text: &str) -> Result<Duration, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let seconds = match unit {
+        "ms" => 0.001,
+        "" | "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => return Err("write a number and ms, s, m or h, such as 500ms".to_owned()),
+    };
+    let number: f64 = number.parse().map_err(|_| "write a number and a unit, such as 1s".to_owned())?;
+    let interval = Duration::try_from_secs_f64(number * seconds).map_err(|e| e.to_string())?;
+    if !(SHORTEST_INTERVAL..=LONGEST_INTERVAL).contains(&interval) {
+        return Err("must be between 100ms and 1h".to_owned());
+    }
+    Ok(interval)
+}
+
+/// Something that went wrong, with the status it ends in.
+#[derive(Debug)]
+pub struct Failure {
+    exit: Exit,
+    message: String,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl Failure {
+    fn error(message: impl fmt::Display) -> Self {
+        Self { exit: Exit::Error, message: message.to_string() }
+    }
+
+    /// The status.
+    #[must_use]
+    pub fn exit(&self) -> Exit {
+        self.exit
+    }
+}
+
+impl From<CatalogError> for Failure {
+    fn from(error: CatalogError) -> Self {
+        let exit = match error {
+            CatalogError::NoSuchPath(_) => Exit::NoSuchImage,
+            CatalogError::NotAnImage(_) => Exit::Error,
+            CatalogError::Unreachable { .. } => Exit::CannotTell,
+        };
+        Self { exit, message: error.to_string() }
+    }
+}
+
+impl From<StartError> for Failure {
+    fn from(error: StartError) -> Self {
+        match error {
+            StartError::Path(error) => error.into(),
+            StartError::Resources(_) => Self::error(error),
+        }
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::error(error)
+    }
+}
+
+/// Does what the command line asks for.
+///
+/// # Errors
+/// [`Failure`], to be printed; nothing was changed then.
+pub fn run(cli: Cli) -> Result<Exit, Failure> {
+    let common = cli.common;
+    match cli.command {
+        Some(Command::List { paths, format }) => list(paths, format, &common),
+        Some(Command::Watch { watched, format }) => watch(watched, format, &common),
+        Some(Command::Demo { scene_only: true }) => keep_scene(),
+        Some(Command::Demo { scene_only: false }) => {
+            let signals = Signals::take_over(&tui::SIGNALS)?;
+            let scene = demo::Scene::make().map_err(Failure::error)?;
+            let options = options(Watched::of(scene.directory().to_owned()), &common)?;
+            dashboard(&options, &common, signals)
+        }
+        Some(Command::DemoActor(args)) => demo::act(&args).map(|()| Exit::Fine).map_err(Failure::error),
+        None => {
+            let options = options(cli.watched, &common)?;
+            if !io::stdout().is_terminal() || std::env::var_os("TERM").is_some_and(|t| t == "dumb") {
+                // No screen to draw on: one look, as a table.
+                let paths = Paths { paths: options.paths, recursive: options.recursive };
+                return list(paths, ListFormat::Table, &common);
+            }
+            dashboard(&options, &common, Signals::take_over(&tui::SIGNALS)?)
+        }
+    }
+}
+
+impl Watched {
+    fn of(path: PathBuf) -> Self {
+        Self { paths: Paths { paths: vec![path], recursive: false }, interval: Duration::from_secs(1) }
+    }
+}
+
+fn roots(common: &Common) -> Roots {
+    common.proc_root.as_deref().map_or_else(Roots::host, Roots::recorded)
+}
+
+fn or_default(paths: Vec<PathBuf>) -> Result<Vec<PathBuf>, Failure> {
+    let usual = Path::new("/var/lib/libvirt/images");
+    match (paths.is_empty(), usual.is_dir()) {
+        (false, _) => Ok(paths),
+        (true, true) => Ok(vec![usual.to_owned()]),
+        (true, false) => Err(Failure::error(
+            "which images? Name a directory, an image file or a block device, such as qlock-top /var/lib/images; \
+             qlock-top demo shows it on images of its own",
+        )),
+    }
+}
+
+fn options(watched: Watched, common: &Common) -> Result<Options, Failure> {
+    Ok(Options {
+        paths: or_default(watched.paths.paths)?,
+        recursive: watched.paths.recursive,
+        interval: watched.interval,
+        roots: roots(common),
+    })
+}
+
+fn is_utf8_locale() -> bool {
+    // As setlocale(3) decides: the first of these that is set and not empty.
+    let set =
+        ["LC_ALL", "LC_CTYPE", "LANG"].into_iter().find_map(|name| std::env::var(name).ok().filter(|v| !v.is_empty()));
+    set.is_some_and(|v| {
+        let v = v.to_ascii_lowercase();
+        v.contains("utf-8") || v.contains("utf8")
+    })
+}
+
+fn layout(common: &Common) -> Layout {
+    let terminal = io::stdout().is_terminal();
+    Layout {
+        columns: terminal.then(|| crossterm::terminal::size().ok()).flatten().map(|(columns, _)| columns.into()),
+        ascii: common.ascii || (terminal && !is_utf8_locale()),
+    }
+}
+
+/// A closed pipe is the reader's decision and no error.
+fn unless_closed(result: io::Result<()>) -> Result<(), Failure> {
+    match result {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::error(format!("cannot write: {e}"))),
+        _ => Ok(()),
+    }
+}
+
+fn list(paths: Paths, format: ListFormat, common: &Common) -> Result<Exit, Failure> {
+    let catalog = Catalog::new(&or_default(paths.paths)?, paths.recursive)?;
+    let sample = Looker::new(roots(common), catalog, None).look(Scope::Everything);
+    let snapshot = Snapshot::of(&sample);
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    let written = match format {
+        ListFormat::Table => table::write(&mut out, &snapshot, layout(common)),
+        ListFormat::Json => json::write_snapshot(&mut out, &snapshot),
+    };
+    unless_closed(written.and_then(|()| out.flush()))?;
+    Ok(Exit::of(&snapshot))
+}
+
+fn watch(watched: Watched, format: WatchFormat, common: &Common) -> Result<Exit, Failure> {
+    let mut signals = Signals::take_over(&ENDING)?;
+    let mut sampler = Sampler::start(&options(watched, common)?)?;
+    let stdout = io::stdout();
+    let format = match format {
+        WatchFormat::Text => stream::Format::Text(layout(common)),
+        WatchFormat::Ndjson => stream::Format::Ndjson,
+    };
+    let mut stream = Stream::new(io::BufWriter::new(stdout.lock()), format);
+    loop {
+        let (signalled, closed) = {
+            // Asked for nothing, a pipe still says when its reader has gone.
+            let mut fds = [
+                PollFd::new(sampler.bell(), PollFlags::POLLIN),
+                PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+                PollFd::new(stdout.as_fd(), PollFlags::empty()),
+            ];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(e) => return Err(Failure::error(e)),
+            }
+            let gone = PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL;
+            (fds[1].any().unwrap_or_default(), fds[2].revents().is_some_and(|r| r.intersects(gone)))
+        };
+        if signalled {
+            if let Some(signal) = signals.next() {
+                return Ok(Exit::Signal(signal as i32));
+            }
+        }
+        if closed {
+            return Ok(Exit::Fine);
+        }
+        let update = sampler.take();
+        match stream.write(&update) {
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(Exit::Fine),
+            other => other?,
+        }
+        if update.ended {
+            return Err(Failure::error("watching ended because of a fault in this program"));
+        }
+    }
+}
+
+fn keep_scene() -> Result<Exit, Failure> {
+    let mut signals = Signals::take_over(&ENDING)?;
+    let scene = demo::Scene::make().map_err(Failure::error)?;
+    let shown = writeln!(io::stdout(), "{}", crate::text::escape_path(scene.directory()));
+    unless_closed(shown)?;
+    let stdin = io::stdin();
+    let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+    loop {
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) => break,
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(Failure::error(e)),
+        }
+    }
+    drop(scene);
+    Ok(signals.next().map_or(Exit::Fine, |s| Exit::Signal(s as i32)))
+}
+
+fn dashboard(options: &Options, common: &Common, signals: Signals) -> Result<Exit, Failure> {
+    let no_color = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
+    let look = tui::Look {
+        color: match common.color {
+            Color::Always => true,
+            Color::Never => false,
+            Color::Auto => !no_color,
+        },
+        ascii: common.ascii || !is_utf8_locale(),
+    };
+    match tui::run(options, look, signals) {
+        Ok(tui::End::Quit) => Ok(Exit::Fine),
+        Ok(tui::End::Hangup) => Ok(Exit::Signal(nix::sys::signal::Signal::SIGHUP as i32)),
+        Ok(tui::End::Signal(signal)) => Ok(Exit::Signal(signal as i32)),
+        Err(tui::RunError::Start(error)) => Err(error.into()),
+        Err(error) => Err(Failure::error(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn intervals_have_units_and_bounds() {
+        for (text, millis) in
+            [("1s", 1000), ("1", 1000), ("500ms", 500), ("0.5s", 500), ("2m", 120_000), ("1h", 3_600_000)]
+        {
+            assert_eq!(parse_interval(text), Ok(Duration::from_millis(millis)), "{text}");
+        }
+        for bad in ["", "s", "1x", "-1s", "0s", "99ms", "2h", "1e9", "..", "99999999999999999999h"] {
+            assert!(parse_interval(bad).is_err(), "{bad}");
+        }
+    }
+}

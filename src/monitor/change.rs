@@ -1,0 +1,142 @@
+//! What happened between two moments?
+//!
+//! Two snapshots in, events out, in an order that scripts can rely on: images that went, images that came, then image by
+//! image who let go, who took, and which findings came and went. Pure.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::snapshot::{Holder, Image, Snapshot};
+use super::wording::{access_text, process_name, range_text};
+use crate::linux::identity::ProcessId;
+use crate::linux::process::ProcessFacts;
+use crate::protocol::Access;
+
+/// What kind of thing happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ChangeKind {
+    /// Bytes were taken.
+    Acquired,
+    /// Bytes were let go.
+    Released,
+    /// A file appeared, or another file took the path.
+    ImageAdded,
+    /// A file disappeared.
+    ImageRemoved,
+    /// There is something new to know.
+    Finding,
+    /// It is no longer so.
+    FindingCleared,
+    /// Something may have been missed, and the text says why.
+    Gap,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// When it was seen; it happened since the look before.
+    pub at: Timestamp,
+    /// What kind of thing.
+    pub kind: ChangeKind,
+    /// To which image; `None` for a gap that concerns them all.
+    pub image: Option<PathBuf>,
+    /// Who did it, where that is known.
+    pub process: Option<ProcessFacts>,
+    /// Through which descriptor.
+    pub fd: Option<i32>,
+    /// The bytes taken or let go.
+    pub access: Access,
+    /// One sentence for people, escaped.
+    pub text: String,
+}
+
+impl Change {
+    /// An event about no process.
+    #[must_use]
+    pub fn about(kind: ChangeKind, at: Timestamp, image: Option<&Path>, text: String) -> Self {
+        Self { at, kind, image: image.map(Path::to_owned), process: None, fd: None, access: Access::NONE, text }
+    }
+}
+
+/// What happened between `before` and `after`.
+#[must_use]
+pub fn changes(before: &Snapshot, after: &Snapshot) -> Vec<Change> {
+    let at = after.taken_at;
+    let key = |i: &'_ Image| (i.path.clone(), i.file);
+    let old: BTreeMap<_, &Image> = before.images.iter().map(|i| (key(i), i)).collect();
+    let new: BTreeMap<_, &Image> = after.images.iter().map(|i| (key(i), i)).collect();
+    let mut all = Vec::new();
+    for (_, image) in old.iter().filter(|(k, _)| !new.contains_key(*k)) {
+        all.push(Change::about(ChangeKind::ImageRemoved, at, Some(&image.path), "image removed".to_owned()));
+    }
+    for (key, image) in &new {
+        match old.get(key) {
+            Some(was) => image_changes(was, image, at, &mut all),
+            None => {
+                all.push(Change::about(ChangeKind::ImageAdded, at, Some(&image.path), "image added".to_owned()));
+                let nothing =
+                    Image { holders: Vec::new(), bytes: Vec::new(), findings: Vec::new(), ..(*image).clone() };
+                image_changes(&nothing, image, at, &mut all);
+            }
+        }
+    }
+    all
+}
+
+/// Who holds what, so that two moments can be compared; `None` stands for whoever holds bytes that have no known holder.
+type Holdings<'a> = BTreeMap<Option<(ProcessId, Option<i32>)>, (Option<&'a Holder>, Access, Vec<String>)>;
+
+fn holdings(image: &Image) -> Holdings<'_> {
+    let mut all = Holdings::new();
+    for holder in &image.holders {
+        let entry =
+            all.entry(Some((holder.process.id, holder.fd))).or_insert_with(|| (Some(holder), Access::NONE, Vec::new()));
+        entry.1 = entry.1.union(holder.access);
+        entry.2.extend(holder.foreign.map(range_text));
+    }
+    let ownerless = image.ownerless();
+    if !ownerless.is_empty() {
+        all.insert(None, (None, ownerless, Vec::new()));
+    }
+    all
+}
+
+fn image_changes(was: &Image, is: &Image, at: Timestamp, all: &mut Vec<Change>) {
+    let (old, new) = (holdings(was), holdings(is));
+    let nothing = (None, Access::NONE, Vec::new());
+    let mut add = |kind, (holder, access, ranges): (Option<&Holder>, Access, Vec<String>)| {
+        if access.is_empty() && ranges.is_empty() {
+            return;
+        }
+        let what = if access.is_empty() { ranges.join(", ") } else { access_text(access) };
+        let who = holder.map_or_else(|| "somebody unknown".to_owned(), |h| process_name(&h.process));
+        let verb = if kind == ChangeKind::Acquired { "took" } else { "let go" };
+        all.push(Change {
+            process: holder.map(|h| h.process.clone()),
+            fd: holder.and_then(|h| h.fd),
+            access,
+            ..Change::about(kind, at, Some(&is.path), format!("{who} {verb}: {what}"))
+        });
+    };
+    let less = |a: &[String], b: &[String]| a.iter().filter(|r| !b.contains(r)).cloned().collect::<Vec<_>>();
+    for (key, (holder, access, ranges)) in &old {
+        let (_, now, now_ranges) = new.get(key).unwrap_or(&nothing);
+        // Bytes that were nobody's and now have a holder were not let go: the holder is known now.
+        let named = if key.is_none() { is.held().difference(is.ownerless()) } else { Access::NONE };
+        add(ChangeKind::Released, (*holder, access.difference(*now).difference(named), less(ranges, now_ranges)));
+    }
+    for (key, (holder, access, ranges)) in &new {
+        let (_, before, before_ranges) = old.get(key).unwrap_or(&nothing);
+        add(ChangeKind::Acquired, (*holder, access.difference(*before), less(ranges, before_ranges)));
+    }
+    for finding in was.findings.iter().filter(|f| !is.findings.contains(f)) {
+        all.push(Change::about(ChangeKind::FindingCleared, at, Some(&is.path), finding.text.clone()));
+    }
+    for finding in is.findings.iter().filter(|f| !was.findings.contains(f)) {
+        all.push(Change::about(ChangeKind::Finding, at, Some(&is.path), finding.text.clone()));
+    }
+}

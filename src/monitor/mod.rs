@@ -1,0 +1,14 @@
+//! What does it all mean: who holds which byte of which image, and where can nobody tell?
+//!
+//! [`look`] collects one raw [`sample::Sample`], [`snapshot`] makes sense of it, [`finding`] names the dangers,
+//! [`change`] compares two moments, and [`sampler`] does it over and over on a thread of its own. Everything but `look`,
+//! `search` and `sampler` is pure.
+
+pub mod change;
+pub mod finding;
+pub mod look;
+pub mod sample;
+pub mod sampler;
+mod search;
+pub mod snapshot;
+pub mod wording;

@@ -1,0 +1,73 @@
+//! What was seen at one moment, before anybody thinks about it?
+//!
+//! Plain data that can be written down and read back: a recorded sample gives the same snapshot on any machine. The time
+//! is in it and never asked for.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::image::header::Header;
+use crate::linux::descriptors::OpenDescriptor;
+use crate::linux::identity::FileId;
+use crate::linux::lock_table::LockRecord;
+use crate::linux::mounts::Mount;
+use crate::linux::probe::BytesFound;
+use crate::linux::process::ProcessFacts;
+
+/// One moment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// When it was taken.
+    pub taken_at: Timestamp,
+    /// On which host.
+    pub host: String,
+    /// Each watched image, by path.
+    pub images: Vec<ImageSample>,
+    /// The processes that have one of them open.
+    pub processes: BTreeMap<i32, ProcessFacts>,
+    /// How many processes could be seen but not read.
+    pub hidden_processes: usize,
+    /// Whether every process of the host can be seen at all: not in a pid namespace of our own, nor with `hidepid`.
+    pub sees_all_processes: bool,
+    /// What could not be listed or read, in words.
+    pub troubles: Vec<String>,
+}
+
+/// What GETLK said of the ten bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// Which are locked.
+    Bytes(BytesFound),
+    /// The image could not be opened, with the errno.
+    CannotOpen(i32),
+    /// The file system does not answer lock questions, with the errno.
+    CannotLock(i32),
+}
+
+/// One image at one moment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ImageSample {
+    /// As it is shown.
+    pub path: PathBuf,
+    /// The file that was opened and asked.
+    pub file: FileId,
+    /// Length of the file in bytes.
+    pub file_size: u64,
+    /// What its header says; `None` if it could not be read.
+    pub header: Option<Header>,
+    /// The file system it lies on.
+    pub mount: Option<Arc<Mount>>,
+    /// What GETLK said.
+    pub answer: Answer,
+    /// Each descriptor of a process that leads to it, with the locks behind it.
+    pub descriptors: Vec<OpenDescriptor>,
+    /// The rows of `/proc/locks` about it.
+    pub table_rows: Vec<LockRecord>,
+    /// The loop devices that stand on it.
+    pub loop_devices: Vec<String>,
+}

@@ -1,0 +1,298 @@
+//! When is it looked, and how does whoever shows it hear of it?
+//!
+//! One thread looks: at every tick of the timer, and sooner when inotify says that somebody opened, closed, made or
+//! removed an image. The newest snapshot waits in a slot: a screen that stalls costs no memory and stops no look. What
+//! was passed over, or may have been missed, is told as a gap.
+
+use std::collections::{BTreeMap, HashSet};
+use std::io::{self, PipeReader, PipeWriter, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::look::{Looker, Scope};
+use super::snapshot::Snapshot;
+use crate::image::catalog::{Catalog, CatalogError};
+use crate::image::watch::{ImageWatch, Touched};
+use crate::linux::Roots;
+
+/// What is to be watched, and how often.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Directories, images and block devices.
+    pub paths: Vec<PathBuf>,
+    /// Directories with all below them.
+    pub recursive: bool,
+    /// Time between two ticks.
+    pub interval: Duration,
+    /// Where `/proc` and `/sys` are read from.
+    pub roots: Roots,
+}
+
+/// News from the sampler.
+#[derive(Clone, Debug, Default)]
+pub struct Update {
+    /// The newest snapshot, if one came since the last call.
+    pub snapshot: Option<Arc<Snapshot>>,
+    /// What may have been missed since, in words.
+    pub gaps: Vec<String>,
+    /// The thread has ended: nothing more will come.
+    pub ended: bool,
+}
+
+/// A thread that looks, and the slot where it puts what it saw.
+pub struct Sampler {
+    orders: Sender<Order>,
+    slot: Arc<Mutex<Slot>>,
+    bell: PipeReader,
+}
+
+enum Order {
+    /// inotify has news.
+    Nudge,
+    /// Look now.
+    Look,
+    /// The time between two ticks.
+    Interval(Duration),
+    /// No more.
+    Stop,
+}
+
+#[derive(Default)]
+struct Slot {
+    update: Update,
+    rung: bool,
+}
+
+fn lock(slot: &Mutex<Slot>) -> MutexGuard<'_, Slot> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Looks after an open: at the first event the lock is not there yet, QEMU opens an image two or three times before it
+/// locks.
+const LOOK_AGAIN: [Duration; 4] =
+    [Duration::ZERO, Duration::from_millis(10), Duration::from_millis(50), Duration::from_millis(200)];
+/// After a look that took some time the next hurried one waits this many times as long: events never take more than a
+/// fifth of a core.
+const REST: u32 = 4;
+const SHORTEST_REST: Duration = Duration::from_millis(5);
+
+impl Sampler {
+    /// Lists the images, starts watching and starts the thread. The first snapshot follows as an update.
+    ///
+    /// # Errors
+    /// When a path leads nowhere or to something that is no image.
+    pub fn start(options: &Options) -> Result<Self, StartError> {
+        let catalog = Catalog::new(&options.paths, options.recursive)?;
+        let (orders, inbox) = mpsc::channel();
+        let (bell, ringer) = io::pipe().map_err(StartError::Resources)?;
+        let slot = Arc::new(Mutex::new(Slot::default()));
+        let nudge = orders.clone();
+        let watch = ImageWatch::new(move || {
+            // Nobody listens any more when the thread has ended.
+            let _ = nudge.send(Order::Nudge);
+        });
+        let mut gaps = Vec::new();
+        let watch = watch
+            .map_err(|e| {
+                let text = crate::text::escape(&e.to_string()).into_owned();
+                gaps.push(format!("inotify is not available ({text}): changes show at the next tick only"));
+            })
+            .ok();
+        let (roots, interval) = (options.roots.clone(), options.interval);
+        let out = Out { slot: Arc::clone(&slot), ringer, last: None };
+        lock(&slot).update.gaps = gaps;
+        std::thread::Builder::new()
+            .name("sampler".to_owned())
+            .spawn(move || Work { looker: Looker::new(roots, catalog, watch), inbox, out, interval }.run())
+            .map_err(StartError::Resources)?;
+        Ok(Self { orders, slot, bell })
+    }
+
+    /// Becomes readable when there is an update; for poll(2).
+    #[must_use]
+    pub fn bell(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+
+    /// What is new since the last call. Call it when [`bell`](Self::bell) is readable.
+    #[must_use]
+    pub fn take(&mut self) -> Update {
+        let mut slot = lock(&self.slot);
+        if slot.rung {
+            // One byte for one ring: this cannot wait.
+            let _ = io::Read::read(&mut self.bell, &mut [0]);
+            slot.rung = false;
+        }
+        let ended = slot.update.ended;
+        std::mem::replace(&mut slot.update, Update { ended, ..Update::default() })
+    }
+
+    /// Looks as soon as possible.
+    pub fn look_now(&self) {
+        let _ = self.orders.send(Order::Look);
+    }
+
+    /// Sets the time between two ticks.
+    pub fn set_interval(&self, interval: Duration) {
+        let _ = self.orders.send(Order::Interval(interval));
+    }
+}
+
+impl Drop for Sampler {
+    /// Asks the thread to end and does not wait for it: it may be waiting for dead storage.
+    fn drop(&mut self) {
+        let _ = self.orders.send(Order::Stop);
+    }
+}
+
+/// Why watching could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A path cannot be watched.
+    #[error(transparent)]
+    Path(#[from] CatalogError),
+    /// No descriptor or thread left.
+    #[error("cannot start watching: {0}")]
+    Resources(io::Error),
+}
+
+struct Out {
+    slot: Arc<Mutex<Slot>>,
+    ringer: PipeWriter,
+    last: Option<Arc<Snapshot>>,
+}
+
+impl Out {
+    /// Puts a snapshot into the slot if it says something new.
+    fn publish(&mut self, snapshot: Snapshot, gaps: Vec<String>) {
+        let news = self.last.as_ref().is_none_or(|last| !last.says_the_same(&snapshot));
+        if !news && gaps.is_empty() {
+            return;
+        }
+        let snapshot = Arc::new(snapshot);
+        let mut slot = lock(&self.slot);
+        slot.update.gaps.extend(gaps);
+        if news {
+            if slot.update.snapshot.is_some() {
+                let text = "changes came faster than they were taken: some of them were merged";
+                if !slot.update.gaps.iter().any(|g| g == text) {
+                    slot.update.gaps.push(text.to_owned());
+                }
+            }
+            slot.update.snapshot = Some(Arc::clone(&snapshot));
+            self.last = Some(snapshot);
+        }
+        self.ring(&mut slot);
+    }
+
+    fn ring(&self, slot: &mut Slot) {
+        if !slot.rung {
+            slot.rung = true;
+            // The pipe holds at most this one byte.
+            let _ = (&self.ringer).write(&[1]);
+        }
+    }
+}
+
+impl Drop for Out {
+    /// Also when the thread panics: whoever waits must hear that nothing more will come.
+    fn drop(&mut self) {
+        let mut slot = lock(&self.slot);
+        slot.update.ended = true;
+        self.ring(&mut slot);
+    }
+}
+
+struct Work {
+    looker: Looker,
+    inbox: Receiver<Order>,
+    out: Out,
+    interval: Duration,
+}
+
+/// What is to be looked at, and when.
+struct Agenda {
+    tick: Instant,
+    /// Resolved paths that somebody touched, by the time at which they are to be looked at again.
+    files: BTreeMap<Instant, HashSet<PathBuf>>,
+    /// No hurried look before this.
+    rested: Instant,
+    gaps: Vec<String>,
+}
+
+impl Work {
+    fn run(mut self) {
+        let start = Instant::now();
+        let mut agenda = Agenda { tick: start, files: BTreeMap::new(), rested: start, gaps: Vec::new() };
+        loop {
+            let now = Instant::now();
+            let sample = if now >= agenda.tick {
+                let late = now - agenda.tick;
+                if late > self.interval.max(Duration::from_secs(1)) {
+                    agenda
+                        .gaps
+                        .push(format!("a look came {:.1} s late: the host or its storage is slow", late.as_secs_f64()));
+                }
+                let sample = self.looker.look(Scope::Everything);
+                agenda.tick = (agenda.tick + self.interval).max(now + self.interval / 2);
+                Some(sample)
+            } else {
+                let due = agenda.due(now);
+                (!due.is_empty()).then(|| self.looker.look(Scope::Files(&due)))
+            };
+            if let Some(sample) = sample {
+                agenda.rested = Instant::now() + SHORTEST_REST.max(now.elapsed() * REST);
+                agenda.gaps.extend(self.looker.take_unwatched());
+                self.out.publish(Snapshot::of(&sample), std::mem::take(&mut agenda.gaps));
+            }
+            let wait = agenda.next().saturating_duration_since(Instant::now());
+            match self.inbox.recv_timeout(wait) {
+                Ok(Order::Nudge) => {
+                    let touched = self.looker.watch().map(ImageWatch::take).unwrap_or_default();
+                    agenda.add(touched);
+                }
+                Ok(Order::Look) => agenda.tick = Instant::now(),
+                Ok(Order::Interval(interval)) => {
+                    self.interval = interval;
+                    agenda.tick = agenda.tick.min(Instant::now() + interval);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Ok(Order::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+}
+
+impl Agenda {
+    fn add(&mut self, touched: Touched) {
+        let now = Instant::now();
+        if touched.lost {
+            self.gaps.push("the kernel's queue of file events overflowed: everything is looked at again".to_owned());
+        }
+        if touched.lost || touched.listing {
+            self.tick = self.tick.min(now.max(self.rested));
+        }
+        if !touched.files.is_empty() {
+            for delay in LOOK_AGAIN {
+                self.files.entry(now + delay).or_default().extend(touched.files.iter().cloned());
+            }
+        }
+    }
+
+    /// The files whose time has come, all at once.
+    fn due(&mut self, now: Instant) -> HashSet<PathBuf> {
+        if now < self.rested {
+            return HashSet::new();
+        }
+        let later = self.files.split_off(&(now + Duration::from_nanos(1)));
+        std::mem::replace(&mut self.files, later).into_values().flatten().collect()
+    }
+
+    fn next(&self) -> Instant {
+        let files = self.files.keys().next().map(|at| (*at).max(self.rested));
+        files.map_or(self.tick, |at| at.min(self.tick))
+    }
+}

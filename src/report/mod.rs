@@ -1,0 +1,8 @@
+//! How do a snapshot and its changes look without a screen?
+//!
+//! [`table`] for people, [`json`] for scripts, [`stream`] for both as it happens. Asks `monitor` for what is so and how it
+//! is worded.
+
+pub mod json;
+pub mod stream;
+pub mod table;

@@ -1,0 +1,41 @@
+//! Which signal asked us to stop, continue or look at the size of the terminal?
+//!
+//! A signalfd instead of handlers: signals wait in line with every other event, in one poll(2), and nothing runs in
+//! between. Must be made before any thread is started, so that all of them leave these signals alone.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+/// Signals that come as readable events.
+pub struct Signals(SignalFd);
+
+/// What ends a session; an exit status of 128 plus its number tells the caller.
+pub const ENDING: [Signal; 3] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM];
+
+impl Signals {
+    /// Takes over `signals` for the whole process.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub fn take_over(signals: &[Signal]) -> io::Result<Self> {
+        let set: SigSet = signals.iter().copied().collect();
+        set.thread_block()?;
+        Ok(Self(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?))
+    }
+
+    /// The next signal that has come.
+    #[must_use]
+    pub fn next(&mut self) -> Option<Signal> {
+        let info = self.0.read_signal().ok()??;
+        i32::try_from(info.ssi_signo).ok().and_then(|n| Signal::try_from(n).ok())
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}

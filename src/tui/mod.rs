@@ -1,0 +1,15 @@
+//! How does an admin watch all of it on a terminal, over a slow line, and leave the terminal as it was?
+//!
+//! The program is a value: [`model`], [`update`] and [`keymap`] are pure and decide, [`view`] turns the value into cells,
+//! [`terminal`] and [`run`] are the only code that touches the terminal. Asks `monitor` for what is so.
+
+pub mod keymap;
+pub mod model;
+mod run;
+mod terminal;
+pub mod theme;
+pub mod update;
+pub mod view;
+
+pub use run::{End, RunError, SIGNALS, run};
+pub use theme::Look;

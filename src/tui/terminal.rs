@@ -1,0 +1,157 @@
+//! Who touches the terminal, and how is it given back as it was, whatever happens?
+//!
+//! Raw mode, the alternate screen and every byte that is written. A frame is one write(2) of what has changed; nothing is
+//! written when nothing has. The terminal is written to without waiting, through an open file description of its own, so
+//! that a reader that stalls stops neither the program nor its end.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crossterm::cursor::{Hide, Show};
+use crossterm::event::{DisableBracketedPaste, EnableBracketedPaste};
+use crossterm::style::ResetColor;
+use crossterm::terminal::{self, Clear, ClearType, EnterAlternateScreen, LeaveAlternateScreen};
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use ratatui::backend::{Backend, CrosstermBackend};
+use ratatui::buffer::Buffer;
+use ratatui::layout::Rect;
+
+/// Whether the terminal is to be given back: set before it is taken, so that the panic hook knows.
+static TAKEN: AtomicBool = AtomicBool::new(false);
+
+/// How long a stalled terminal may hold up the end.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// The terminal, taken over until it is dropped.
+pub(super) struct Screen {
+    out: File,
+    pending: Vec<u8>,
+    shown: Buffer,
+    redraw: bool,
+}
+
+/// Gives the terminal back: the modes that [`Screen::take_over`] switched on, and the termios of before.
+///
+/// Does nothing if it has been given back already; never waits long and never fails.
+pub(super) fn give_back() {
+    if !TAKEN.swap(false, Ordering::SeqCst) {
+        return;
+    }
+    let mut bytes = Vec::new();
+    let queued = crossterm::queue!(bytes, DisableBracketedPaste, ResetColor, Show, LeaveAlternateScreen);
+    if let (Ok(()), Ok(out)) = (queued, open_output()) {
+        let deadline = Instant::now() + PATIENCE;
+        let mut rest = bytes.as_slice();
+        while !rest.is_empty() && wait_writable(&out, deadline) {
+            match (&out).write(rest) {
+                Ok(n) => rest = &rest[n..],
+                Err(e) if is_temporary(&e) => {}
+                Err(_) => break,
+            }
+        }
+    }
+    // After a hangup there is nothing left to restore.
+    let _ = terminal::disable_raw_mode();
+}
+
+fn is_temporary(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
+fn wait_writable(out: &File, deadline: Instant) -> bool {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let mut fds = [PollFd::new(out.as_fd(), PollFlags::POLLOUT)];
+    let ready = poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO));
+    ready.is_ok_and(|n| n > 0) && fds[0].revents().is_some_and(|r| r == PollFlags::POLLOUT)
+}
+
+/// The terminal behind standard output, opened anew: not to wait is a property of the description, which standard output
+/// shares with the shell. Where it may not be opened (after su), standard output itself.
+fn open_output() -> io::Result<File> {
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    File::options()
+        .write(true)
+        .custom_flags(flags)
+        .open("/proc/self/fd/1")
+        .or_else(|_| io::stdout().as_fd().try_clone_to_owned().map(File::from))
+}
+
+impl Screen {
+    /// Takes the terminal over, guard and panic hook first.
+    pub(super) fn take_over() -> io::Result<Self> {
+        let hook = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            // First the terminal, so that the message can be read.
+            give_back();
+            hook(info);
+        }));
+        let out = open_output()?;
+        let mut screen = Self { out, pending: Vec::new(), shown: Buffer::empty(Rect::ZERO), redraw: true };
+        TAKEN.store(true, Ordering::SeqCst);
+        terminal::enable_raw_mode()?;
+        crossterm::queue!(screen.pending, EnterAlternateScreen, Hide, EnableBracketedPaste)?;
+        Ok(screen)
+    }
+
+    /// Writes every cell with the next frame, whatever is there.
+    pub(super) fn redraw(&mut self) {
+        self.redraw = true;
+    }
+
+    /// Whether bytes wait for the terminal to take them.
+    pub(super) fn is_behind(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
+    /// Shows `next` if the terminal has taken the frame before; otherwise says false, and the newest frame is to be
+    /// offered again when it has.
+    pub(super) fn show(&mut self, next: Buffer) -> io::Result<bool> {
+        // What was queued while taking over goes out together with the first frame.
+        if self.is_behind() && !self.shown.area.is_empty() {
+            return Ok(false);
+        }
+        if self.redraw || self.shown.area != next.area {
+            crossterm::queue!(self.pending, ResetColor, Clear(ClearType::All))?;
+            self.shown = Buffer::empty(next.area);
+            self.redraw = false;
+        }
+        let mut updates = self.shown.diff_iter(&next).peekable();
+        if updates.peek().is_some() {
+            CrosstermBackend::new(&mut self.pending).draw(updates)?;
+        }
+        self.shown = next;
+        self.flush()?;
+        Ok(true)
+    }
+
+    /// Writes as much as the terminal takes now.
+    pub(super) fn flush(&mut self) -> io::Result<()> {
+        while !self.pending.is_empty() {
+            match self.out.write(&self.pending) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => drop(self.pending.drain(..n)),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl AsFd for Screen {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.out.as_fd()
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        give_back();
+    }
+}

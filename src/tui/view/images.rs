@@ -1,0 +1,143 @@
+//! The table: an image a row, its ten bytes, its role and its holders.
+
+use ratatui::buffer::Buffer;
+use ratatui::layout::Rect;
+use ratatui::style::Style;
+
+use super::{Model, Piece, Theme, put};
+use crate::linux::descriptors::OpenMode;
+use crate::monitor::snapshot::{ByteState, ByteView, Image, Verdict};
+use crate::monitor::wording::{byte_mark, format_text, holders_text, role_text, size_text};
+use crate::protocol::Permission;
+use crate::text::{cut_middle, escape_path, pad_end, pad_start, to_ascii, width};
+
+/// Which columns there is room for.
+struct Columns {
+    name: usize,
+    /// A space between two bytes.
+    spaced: bool,
+    /// Format and size.
+    facts: bool,
+    role: usize,
+    holders: bool,
+}
+
+const FORMAT: usize = 7;
+const SIZE: usize = 6;
+const ROLE: usize = 15;
+
+impl Columns {
+    fn of(total: u16, longest_name: usize) -> Self {
+        let total = usize::from(total);
+        let spaced = total >= 100;
+        let facts = total >= 70;
+        let role = if total >= 60 { ROLE } else { 0 };
+        let marks = if spaced { 21 } else { 11 };
+        let fixed = 1 + 2 + marks + if facts { FORMAT + SIZE + 3 } else { 0 } + if role > 0 { role + 2 } else { 0 };
+        let rest = total.saturating_sub(fixed);
+        // Holders get what a short list of them takes, names the rest, up to the longest.
+        let holders = total >= 60;
+        let name_room = if holders { (rest * 3 / 5).max(12).min(rest) } else { rest };
+        Self { name: longest_name.clamp(5, 60).min(name_room).max(5), spaced, facts, role, holders }
+    }
+}
+
+pub(super) fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect) {
+    let images = model.images();
+    let names: Vec<String> = images.iter().map(|i| short_name(model, i)).collect();
+    let longest = names.iter().map(|n| width(n)).max().unwrap_or_default();
+    let columns = Columns::of(area.width, longest);
+    head(&columns, theme, buffer, area);
+    let body = Rect { y: area.y + 2, height: area.height.saturating_sub(2), ..area };
+    if images.is_empty() {
+        let text =
+            if model.snapshot.is_none() { "" } else { "  no images here yet: they show as soon as there are some" };
+        put(buffer, theme, body, 0, &[(text.into(), theme.dim)]);
+        return;
+    }
+    let selected = model.selected_row();
+    let rows = images.iter().zip(&names).enumerate().skip(model.top).take(body.height.into());
+    for (screen_row, (row, (image, name))) in (0u16..).zip(rows) {
+        let is_selected = selected == Some(row);
+        let pieces = cells(&columns, theme, image, name, is_selected);
+        put(buffer, theme, body, screen_row, &pieces);
+        if is_selected {
+            let line = Rect { y: body.y + screen_row, height: 1, ..body };
+            buffer.set_style(line, theme.selected);
+        }
+    }
+}
+
+/// The name below the directory that is watched, if there is only one.
+fn short_name(model: &Model, image: &Image) -> String {
+    let below = image.path.strip_prefix(&model.title).ok().filter(|p| !p.as_os_str().is_empty());
+    escape_path(below.unwrap_or(&image.path)).into_owned()
+}
+
+fn head(columns: &Columns, theme: &Theme, buffer: &mut Buffer, area: Rect) {
+    let letters: Vec<String> = Permission::ALL.iter().map(|p| p.letter().to_uppercase().to_string()).collect();
+    let (row, permission, gap) =
+        if columns.spaced { (letters.join(" "), "PERMISSION", "  ") } else { (letters.concat(), "PERM ", " ") };
+    let between = if columns.spaced { "   " } else { " " };
+    let before = 1 + columns.name + 2 + if columns.facts { FORMAT + SIZE + 3 } else { 0 };
+    let sides = format!("{}{permission}{gap}UNSHARE", " ".repeat(before));
+    put(buffer, theme, area, 0, &[(sides.into(), theme.dim)]);
+    let mut text = format!(" {}  ", pad_end("IMAGE", columns.name));
+    if columns.facts {
+        text += &format!("{} {}  ", pad_end("FORMAT", FORMAT), pad_start("SIZE", SIZE));
+    }
+    text += &format!("{row}{between}{row}");
+    if columns.role > 0 {
+        text += &format!("  {}", pad_end("ROLE", columns.role));
+    }
+    if columns.holders {
+        text += "  HOLDERS";
+    }
+    put(buffer, theme, area, 1, &[(pad_end(&text, area.width.into()).into(), theme.heading)]);
+}
+
+fn cells<'a>(columns: &Columns, theme: &Theme, image: &Image, name: &str, is_selected: bool) -> Vec<Piece<'a>> {
+    let worst = worst_style(theme, image);
+    let name = if theme.ascii { to_ascii(name).into_owned() } else { name.to_owned() };
+    let name = pad_end(&cut_middle(&name, columns.name, theme.cut), columns.name);
+    let mut pieces: Vec<Piece> = vec![(format!("{}{name}  ", if is_selected { '>' } else { ' ' }).into(), theme.text)];
+    if columns.facts {
+        let text = format!("{} {}  ", pad_end(format_text(image), FORMAT), pad_start(&size_text(image), SIZE));
+        pieces.push((text.into(), theme.dim));
+    }
+    for (i, byte) in image.bytes.iter().enumerate() {
+        let between = match (i, columns.spaced) {
+            (0, _) => "",
+            (5, true) => "   ",
+            (5, false) | (_, true) => " ",
+            (_, false) => "",
+        };
+        pieces.push((between.into(), theme.text));
+        pieces.push((byte_mark(byte).to_string().into(), mark_style(theme, byte)));
+    }
+    if columns.role > 0 {
+        pieces.push((format!("  {}", pad_end(role_text(image), columns.role)).into(), worst));
+    }
+    if columns.holders {
+        pieces.push((format!("  {}", holders_text(image)).into(), theme.text));
+    }
+    pieces
+}
+
+fn mark_style(theme: &Theme, byte: &ByteView) -> Style {
+    match (byte.state, byte.holders.is_empty()) {
+        (ByteState::Free, _) => theme.dim,
+        (ByteState::Held, false) => theme.held,
+        (ByteState::Held, true) | (ByteState::Unknown, _) => theme.warning,
+    }
+}
+
+fn worst_style(theme: &Theme, image: &Image) -> Style {
+    if image.openers.iter().any(|o| o.mode == OpenMode::Write) {
+        theme.danger
+    } else if matches!(image.verdict, Verdict::Free | Verdict::Held) {
+        theme.text
+    } else {
+        theme.warning
+    }
+}
