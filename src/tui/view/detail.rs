@@ -11,14 +11,6 @@ use crate::monitor::snapshot::{ByteState, ByteView, Holder, Image};
 use crate::monitor::wording::{process_name, range_text};
 use crate::text::{escape, escape_path, pad_end, size};
 
-/// How many rows the panel would like to have, its rule included.
-pub(super) fn rows(model: &Model) -> u16 {
-    let lines = model
-        .selected_image()
-        .map_or(0, |i| lines(model, i, &Theme::new(crate::tui::Look { color: false, ascii: true })).len());
-    u16::try_from(lines).map_or(u16::MAX, |n| n.saturating_add(1))
-}
-
 pub(super) fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect) {
     put(buffer, theme, area, 0, &[(theme.rule.repeat(area.width.into()).into(), theme.dim)]);
     let Some(image) = model.selected_image() else { return };

@@ -39,11 +39,11 @@ fn places(model: &Model) -> Option<Places> {
         return None;
     }
     let room = rows - BAR_ROWS - 1;
-    let wanted = detail::rows(model);
-    // The table keeps half of the room or what it needs, the panel below gets the rest.
-    let table_needs = u16::try_from(model.images().len()).unwrap_or(u16::MAX).max(1).saturating_add(HEAD_ROWS - 1);
-    let detail = if rows < 16 { 0 } else { wanted.min(room.saturating_sub(table_needs).max(room / 2)) };
-    let table = room - detail;
+    // The table gets what it needs, at most what leaves half of a small screen or a dozen rows of a large one for the
+    // panel below. What the panel says does not move the rule between them.
+    let needs = u16::try_from(model.images().len()).unwrap_or(u16::MAX).max(1).saturating_add(HEAD_ROWS - 1);
+    let table = if rows < 16 { room } else { needs.min((room / 2).max(room.saturating_sub(12))) };
+    let detail = room - table;
     Some(Places {
         title: Rect::new(0, 0, columns, 1),
         table: Rect::new(0, 1, columns, table),
