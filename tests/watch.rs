@@ -1,0 +1,184 @@
+//! Does the stream tell what happens, in order, at once, and what it may have missed?
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::mpsc::{Receiver, channel};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use support::{DEADLINE, Images, Running, access_of, have, holding, qemu_io, qlock_top, wait_for};
+
+/// A running `watch --format ndjson`, its lines read by a thread.
+struct Watch {
+    running: Running,
+    lines: Receiver<Value>,
+}
+
+impl Watch {
+    fn start(path: &Path, interval: &str) -> Self {
+        let mut command = qlock_top();
+        command.args(["watch", "--format", "ndjson", "--interval", interval]).arg(path).stdout(Stdio::piped());
+        let mut running = Running::spawn(&mut command);
+        let out = BufReader::new(running.0.stdout.take().unwrap());
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            for line in out.lines() {
+                let value = serde_json::from_str(&line.unwrap()).expect("each line is one object");
+                if sender.send(value).is_err() {
+                    break;
+                }
+            }
+        });
+        let watch = Self { running, lines };
+        let first = watch.next();
+        assert_eq!((first["kind"].as_str(), first["schema"].as_str()), (Some("snapshot"), Some("qlock-top/event/1")));
+        assert_eq!(first["snapshot"]["schema"], "qlock-top/snapshot/1");
+        watch
+    }
+
+    fn next(&self) -> Value {
+        self.lines.recv_timeout(DEADLINE).expect("another line")
+    }
+
+    /// The next event for which `test` is true; what comes before it is passed over.
+    fn event(&self, what: &str, test: impl Fn(&Value) -> bool) -> Value {
+        let mut others = Vec::new();
+        let mut look = || match self.lines.recv_timeout(std::time::Duration::from_millis(50)) {
+            Ok(line) if test(&line) => Some(line),
+            Ok(line) => {
+                others.push(line["text"].to_string());
+                None
+            }
+            Err(_) => None,
+        };
+        wait_for(what, &mut look)
+    }
+}
+
+/// Between two ticks of an hour nothing but inotify can have told of it.
+const NEVER: &str = "1h";
+
+#[test]
+fn a_lock_and_its_release_are_told_without_waiting_for_a_tick() {
+    if !have(&["qemu-io", "qemu-img"]) {
+        return;
+    }
+    let images = Images::new();
+    let path = images.qcow2("a.qcow2");
+    let watch = Watch::start(images.dir(), NEVER);
+    for _ in 0..3 {
+        let holder = holding(&mut qemu_io(&["-f", "qcow2"], &path), &path, "cwr/wr");
+        let mut access = qlock::protocol::Access::NONE;
+        // QEMU takes its bytes one after the other: they may come as one event or as several.
+        while access.to_string() != "cwr/wr" {
+            let event = watch.event("the lock", |e| e["kind"] == "acquired" && e["pid"] == holder.pid());
+            assert_eq!((event["image"].as_str(), event["command"].as_str()), (path.to_str(), Some("qemu-io")));
+            assert!(event["fd"].is_i64());
+            access = access.union(access_of(&event).parse().unwrap());
+        }
+        let pid = holder.pid();
+        holder.end();
+        let mut left = access;
+        while !left.is_empty() {
+            let event = watch.event("the release", |e| e["kind"] == "released" && e["pid"] == pid);
+            left = left.difference(access_of(&event).parse().unwrap());
+        }
+    }
+}
+
+#[test]
+fn images_that_come_and_go_are_told() {
+    let images = Images::new();
+    images.raw("a.raw");
+    let watch = Watch::start(images.dir(), NEVER);
+    let is = |kind: &'static str, name: &'static str| {
+        let path = images.path(name);
+        move |e: &Value| e["kind"] == kind && e["image"] == path.to_str().unwrap()
+    };
+    images.raw("b.raw");
+    watch.event("the new image", is("image-added", "b.raw"));
+    std::fs::rename(images.path("b.raw"), images.path("a.raw")).unwrap();
+    // The path stays, the file behind it is another one.
+    watch.event("the old a.raw going", is("image-removed", "a.raw"));
+    std::fs::remove_file(images.path("a.raw")).unwrap();
+    watch.event("a.raw going", is("image-removed", "a.raw"));
+}
+
+#[test]
+fn a_directory_that_is_removed_and_made_again_is_watched_again() {
+    if !have(&["qemu-io"]) {
+        return;
+    }
+    let outer = Images::new();
+    let dir = outer.path("images");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::write(dir.join("a.raw"), "x").unwrap();
+    let watch = Watch::start(&dir, "100ms");
+    std::fs::remove_dir_all(&dir).unwrap();
+    watch.event("the image going", |e| e["kind"] == "image-removed");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::write(dir.join("b.raw"), [0; 512]).unwrap();
+    let path = dir.join("b.raw");
+    watch.event("the image in the new directory", |e| e["kind"] == "image-added");
+    let holder = holding(&mut qemu_io(&["-f", "raw"], &path), &path, "cw/-");
+    watch.event("its lock", |e| e["kind"] == "acquired" && e["pid"] == holder.pid());
+}
+
+#[test]
+fn a_single_image_and_a_link_to_one_are_watched() {
+    if !have(&["qemu-io"]) {
+        return;
+    }
+    let (images, elsewhere) = (Images::new(), Images::new());
+    let path = elsewhere.raw("real.raw");
+    std::os::unix::fs::symlink(&path, images.path("link.raw")).unwrap();
+    for watched in [path.clone(), images.dir().to_owned()] {
+        let watch = Watch::start(&watched, NEVER);
+        let holder = holding(&mut qemu_io(&["-f", "raw"], &path), &path, "cw/-");
+        let event = watch.event("the lock", |e| e["kind"] == "acquired" && e["pid"] == holder.pid());
+        let shown = if watched == path { path.clone() } else { images.path("link.raw") };
+        assert_eq!(event["image"], shown.to_str().unwrap());
+    }
+}
+
+#[test]
+fn an_opener_without_a_lock_becomes_a_finding() {
+    let images = Images::new();
+    let path = images.raw("a.raw");
+    let watch = Watch::start(images.dir(), NEVER);
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    let event = watch.event("the finding", |e| e["kind"] == "finding");
+    assert!(event["text"].as_str().unwrap().contains("for writing without a lock"), "{event}");
+    drop(file);
+    watch.event("its end", |e| e["kind"] == "finding-cleared");
+}
+
+#[test]
+fn a_signal_ends_it_and_shows_in_the_status() {
+    let images = Images::new();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        let mut watch = Watch::start(images.dir(), NEVER);
+        kill(Pid::from_raw(watch.running.pid()), signal).unwrap();
+        let status = wait_for("the end", || watch.running.0.try_wait().unwrap());
+        assert_eq!(status.code(), Some(128 + signal as i32));
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_it() {
+    let images = Images::new();
+    let mut command = qlock_top();
+    command.args(["watch", "--interval", NEVER]).arg(images.dir()).stdout(Stdio::piped());
+    let mut running = Running::spawn(&mut command);
+    let mut out = BufReader::new(running.0.stdout.take().unwrap());
+    let mut line = String::new();
+    out.read_line(&mut line).unwrap();
+    drop(out);
+    let status = wait_for("the end, without anything to write", || running.0.try_wait().unwrap());
+    assert_eq!(status.code(), Some(0));
+}
