@@ -77,7 +77,7 @@ impl From<Exit> for ExitCode {
 
 /// Shows who holds the locks that QEMU takes on disk images.
 #[derive(Debug, Parser)]
-#[command(name = "qlock-top", version, about, args_conflicts_with_subcommands = true)]
+#[command(name = "qlock-top", version, about)]
 #[command(after_help = "Exit status: 0 free, 1 held, 2 usage or error, 3 cannot tell, 4 no such image.")]
 pub struct Cli {
     #[command(subcommand)]

@@ -44,7 +44,7 @@ impl Columns {
 
 pub(super) fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect) {
     let images = model.images();
-    let names: Vec<String> = images.iter().map(|i| short_name(model, i)).collect();
+    let names: Vec<String> = images.iter().map(|i| short_name(model, theme, i)).collect();
     let longest = names.iter().map(|n| width(n)).max().unwrap_or_default();
     let columns = Columns::of(area.width, longest);
     head(&columns, theme, buffer, area);
@@ -69,9 +69,10 @@ pub(super) fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect
 }
 
 /// The name below the directory that is watched, if there is only one.
-fn short_name(model: &Model, image: &Image) -> String {
+fn short_name(model: &Model, theme: &Theme, image: &Image) -> String {
     let below = image.path.strip_prefix(&model.title).ok().filter(|p| !p.as_os_str().is_empty());
-    escape_path(below.unwrap_or(&image.path)).into_owned()
+    let name = escape_path(below.unwrap_or(&image.path));
+    if theme.ascii { to_ascii(&name).into_owned() } else { name.into_owned() }
 }
 
 fn head(columns: &Columns, theme: &Theme, buffer: &mut Buffer, area: Rect) {
@@ -98,8 +99,7 @@ fn head(columns: &Columns, theme: &Theme, buffer: &mut Buffer, area: Rect) {
 
 fn cells<'a>(columns: &Columns, theme: &Theme, image: &Image, name: &str, is_selected: bool) -> Vec<Piece<'a>> {
     let worst = worst_style(theme, image);
-    let name = if theme.ascii { to_ascii(name).into_owned() } else { name.to_owned() };
-    let name = pad_end(&cut_middle(&name, columns.name, theme.cut), columns.name);
+    let name = pad_end(&cut_middle(name, columns.name, theme.cut), columns.name);
     let mut pieces: Vec<Piece> = vec![(format!("{}{name}  ", if is_selected { '>' } else { ' ' }).into(), theme.text)];
     if columns.facts {
         let text = format!("{} {}  ", pad_end(format_text(image), FORMAT), pad_start(&size_text(image), SIZE));

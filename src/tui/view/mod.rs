@@ -61,10 +61,7 @@ pub fn table_rows(model: &Model) -> usize {
 /// Draws the whole screen.
 pub fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer) {
     let Some(places) = places(model) else {
-        let (columns, rows) = model.size;
-        let (least_columns, least_rows) = SMALLEST;
-        let sentence = format!("qlock-top needs {least_columns}x{least_rows}, this is {columns}x{rows}");
-        put(buffer, theme, buffer.area, 0, &[(sentence.into(), theme.text)]);
+        too_small(model, theme, buffer);
         return;
     };
     title(model, theme, buffer, places.title);
@@ -78,6 +75,26 @@ pub fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer) {
         }
     }
     bar(theme, buffer, places.bar);
+}
+
+/// One plain sentence, over as many rows as it takes.
+fn too_small(model: &Model, theme: &Theme, buffer: &mut Buffer) {
+    let ((columns, rows), (least_columns, least_rows)) = (model.size, SMALLEST);
+    let sentence = format!("{columns}x{rows} is too small: qlock-top needs {least_columns}x{least_rows}");
+    let mut lines = vec![String::new()];
+    for word in sentence.split(' ') {
+        if let Some(line) = lines.last_mut().filter(|l| l.is_empty() || l.len() + 1 + word.len() <= columns.into()) {
+            if !line.is_empty() {
+                line.push(' ');
+            }
+            line.push_str(word);
+        } else {
+            lines.push(word.to_owned());
+        }
+    }
+    for (row, line) in (0u16..).zip(lines) {
+        put(buffer, theme, buffer.area, row, &[(line.into(), theme.text)]);
+    }
 }
 
 type Piece<'a> = (Cow<'a, str>, Style);

@@ -1,0 +1,226 @@
+//! Does the dashboard show what is so on a real terminal, and give the terminal back whatever happens?
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "support/pty.rs"]
+mod pty;
+mod support;
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pty::Pty;
+use support::{Images, have, holding, qemu_io, wait_for};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_qlock-top");
+
+fn dashboard(images: &Images, columns: u16, rows: u16) -> Pty {
+    Pty::start(PROGRAM, &[images.dir().to_str().unwrap()], &[], columns, rows)
+}
+
+fn three_images() -> Images {
+    let images = Images::new();
+    ["a.raw", "b.raw", "c.raw"].map(|name| images.raw(name));
+    images
+}
+
+/// The terminal is as it was: modes, screen, cursor.
+fn assert_given_back(pty: &Pty) {
+    let (before, after) = (&pty.before, pty.termios());
+    assert_eq!(before.local_flags, after.local_flags);
+    assert_eq!(before.input_flags, after.input_flags);
+    assert_eq!(before.output_flags, after.output_flags);
+    assert_eq!(before.control_chars, after.control_chars);
+    wait_for("the ordinary screen", || {
+        pty.with_screen(|s| !s.alternate_screen() && !s.hide_cursor() && !s.bracketed_paste()).then_some(())
+    });
+}
+
+#[test]
+fn the_first_screen_shows_the_images_and_q_quits() {
+    let images = three_images();
+    let mut pty = dashboard(&images, 80, 24);
+    let screen = pty.wait_for("3 images");
+    for text in ["qlock-top", "IMAGE", "a.raw", "b.raw", "c.raw", "0 in use", "q quit", "no byte is locked"] {
+        assert!(screen.contains(text), "{text} is missing:\n{screen}");
+    }
+    assert!(pty.with_screen(|s| s.alternate_screen() && s.hide_cursor()));
+    assert_ne!(pty.before.local_flags, pty.termios().local_flags, "raw mode");
+    pty.keys("q");
+    assert_eq!(pty.wait_for_end().code(), Some(0));
+    assert_given_back(&pty);
+}
+
+#[test]
+fn a_lock_shows_and_goes_while_one_looks() {
+    if !have(&["qemu-io"]) {
+        return;
+    }
+    let images = three_images();
+    let path = images.path("b.raw");
+    let pty = dashboard(&images, 120, 40);
+    pty.wait_for("3 images");
+    let holder = holding(&mut qemu_io(&["-f", "raw"], &path), &path, "cw/-");
+    pty.wait_for(&format!("qemu-io {}", holder.pid()));
+    let screen = pty.wait_for("1 in use");
+    let row = screen.lines().find(|l| l.contains("b.raw")).unwrap();
+    assert!(row.contains("# # . . .   . . . . .") && row.contains("writer, shared"), "{row}");
+    pty.keys("j");
+    let screen = pty.wait_for("100 uses consistent read");
+    assert!(screen.contains("101 uses write"), "{screen}");
+    holder.end();
+    let screen = pty.wait_for("0 in use");
+    assert!(!screen.contains("qemu-io"), "{screen}");
+}
+
+#[test]
+fn the_cursor_stays_on_its_image() {
+    let images = three_images();
+    let pty = dashboard(&images, 80, 24);
+    pty.wait_for(">a.raw");
+    pty.keys("G");
+    pty.wait_for(">c.raw");
+    pty.keys("k");
+    pty.wait_for(">b.raw");
+    images.raw("aa.raw");
+    pty.wait_for("4 images");
+    pty.wait_for(">b.raw");
+    std::fs::remove_file(images.path("b.raw")).unwrap();
+    pty.wait_for(">c.raw");
+    pty.keys("\x1b[A");
+    pty.wait_for(">aa.raw");
+}
+
+#[test]
+fn every_size_down_to_one_cell_is_survived() {
+    let images = three_images();
+    let mut pty = dashboard(&images, 120, 40);
+    pty.wait_for("3 images");
+    for (columns, rows) in [(80, 24), (60, 16), (40, 10), (200, 60), (2, 300), (300, 2), (1, 1)] {
+        pty.resize(columns, rows);
+    }
+    pty.resize(30, 9);
+    pty.wait_for("30x9 is too small: qlock-top\nneeds 40x10");
+    pty.resize(40, 10);
+    let screen = pty.wait_for("a.raw");
+    assert!(screen.lines().all(|l| l.chars().count() <= 40), "{screen}");
+    pty.resize(1, 1);
+    pty.keys("?jjG");
+    pty.resize(80, 24);
+    pty.wait_for("Marks");
+    pty.keys("\x0c\x1b");
+    pty.wait_for(">c.raw");
+    pty.keys("\x03");
+    assert_eq!(pty.wait_for_end().code(), Some(0));
+    assert_given_back(&pty);
+}
+
+#[test]
+fn signals_end_it_and_give_the_terminal_back() {
+    let images = three_images();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        let mut pty = dashboard(&images, 80, 24);
+        pty.wait_for("3 images");
+        kill(Pid::from_raw(pty.running.pid()), signal).unwrap();
+        assert_eq!(pty.wait_for_end().code(), Some(128 + signal as i32));
+        assert_given_back(&pty);
+    }
+}
+
+#[test]
+fn a_panic_gives_the_terminal_back_and_can_be_read() {
+    let images = three_images();
+    let arguments = [images.dir().to_str().unwrap()];
+    let mut pty = Pty::start(PROGRAM, &arguments, &[("QLOCK_TOP_TEST_PANIC", "1")], 120, 40);
+    assert_eq!(pty.wait_for_end().code(), Some(101));
+    pty.wait_for("asked to panic by QLOCK_TOP_TEST_PANIC");
+    assert_given_back(&pty);
+}
+
+#[test]
+fn an_error_before_the_screen_leaves_the_terminal_alone() {
+    let mut pty = Pty::start(PROGRAM, &["/no/such/path"], &[], 80, 24);
+    assert_eq!(pty.wait_for_end().code(), Some(4));
+    pty.wait_for("/no/such/path: no such file or directory");
+    assert_given_back(&pty);
+}
+
+#[test]
+fn when_the_terminal_goes_the_program_goes() {
+    let images = three_images();
+    let mut pty = dashboard(&images, 80, 24);
+    pty.wait_for("3 images");
+    pty.hang_up();
+    assert_eq!(pty.wait_for_end().code(), Some(128 + Signal::SIGHUP as i32));
+}
+
+#[test]
+fn a_reader_that_stalls_does_not_stop_its_end() {
+    let images = three_images();
+    let mut pty = dashboard(&images, 120, 40);
+    pty.wait_for("3 images");
+    pty.stalled.store(true, Ordering::SeqCst);
+    // More frames than a terminal's buffer holds.
+    for i in 0..200 {
+        pty.resize(if i % 2 == 0 { 200 } else { 199 }, 60);
+        pty.keys("\x0c");
+    }
+    kill(Pid::from_raw(pty.running.pid()), Signal::SIGTERM).unwrap();
+    assert_eq!(pty.wait_for_end().code(), Some(128 + Signal::SIGTERM as i32));
+    pty.stalled.store(false, Ordering::SeqCst);
+}
+
+#[test]
+fn nothing_is_written_while_nothing_changes() {
+    let images = three_images();
+    let pty = dashboard(&images, 120, 40);
+    pty.wait_for("3 images");
+    // The very last bytes of the first frame may still be on their way: the count must stand still between two ticks.
+    let mut count = pty.written();
+    wait_for("a second without a byte", || {
+        let since = Instant::now();
+        while since.elapsed() < Duration::from_millis(1500) {
+            std::thread::sleep(Duration::from_millis(10));
+            if pty.written() != count {
+                count = pty.written();
+                return None;
+            }
+        }
+        Some(())
+    });
+    pty.keys("j");
+    pty.wait_for(">b.raw");
+    assert!(pty.written() - count < 600, "{} bytes for two changed rows and the panel", pty.written() - count);
+}
+
+#[test]
+fn without_colour_and_without_utf8_it_says_the_same() {
+    let images = three_images();
+    std::fs::write(images.path("größe.raw"), "x").unwrap();
+    let arguments = ["--ascii", "--color", "never", images.dir().to_str().unwrap()];
+    let pty = Pty::start(PROGRAM, &arguments, &[], 80, 24);
+    let screen = pty.wait_for("gr\\u{f6}\\u{df}e.raw");
+    assert!(screen.is_ascii(), "{screen}");
+    let coloured = pty.with_screen(|s| {
+        let cells = (0..24).flat_map(|row| (0..80).map(move |column| (row, column)));
+        cells.filter_map(|(r, c)| s.cell(r, c)).any(|cell| cell.fgcolor() != vt100::Color::Default)
+    });
+    assert!(!coloured);
+}
+
+#[test]
+fn the_demo_is_shown_and_cleaned_up() {
+    let mut pty = Pty::start(PROGRAM, &["demo"], &[], 120, 40);
+    let screen = pty.wait_for("9 images");
+    for text in ["web01 (qemu-demo", "NBD export", "WRITER, NO LOCK", "backing"] {
+        assert!(screen.contains(text), "{text} is missing:\n{screen}");
+    }
+    let start = screen.find("/tmp/qlock-top-demo-").unwrap();
+    let directory = screen[start..].split_whitespace().next().unwrap().to_owned();
+    assert!(std::path::Path::new(&directory).is_dir());
+    pty.keys("q");
+    assert_eq!(pty.wait_for_end().code(), Some(0));
+    assert!(!std::path::Path::new(&directory).exists());
+    assert_given_back(&pty);
+}
