@@ -366,10 +366,8 @@ fn watch(watched: Watched, format: WatchFormat, common: &Common) -> Result<Exit,
             let gone = PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL;
             (fds[1].any().unwrap_or_default(), fds[2].revents().is_some_and(|r| r.intersects(gone)))
         };
-        if signalled {
-            if let Some(signal) = signals.next() {
-                return Ok(Exit::Signal(signal as i32));
-            }
+        if signalled && let Some(signal) = signals.next() {
+            return Ok(Exit::Signal(signal as i32));
         }
         if closed {
             return Ok(Exit::Fine);

@@ -25,10 +25,13 @@ impl Signals {
         set.thread_block()?;
         Ok(Self(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?))
     }
+}
 
-    /// The next signal that has come.
-    #[must_use]
-    pub fn next(&mut self) -> Option<Signal> {
+/// The signals that have come; ends when there is none, and may be asked again.
+impl Iterator for Signals {
+    type Item = Signal;
+
+    fn next(&mut self) -> Option<Signal> {
         let info = self.0.read_signal().ok()??;
         i32::try_from(info.ssi_signo).ok().and_then(|n| Signal::try_from(n).ok())
     }

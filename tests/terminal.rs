@@ -21,7 +21,9 @@ fn dashboard(images: &Images, columns: u16, rows: u16) -> Pty {
 
 fn three_images() -> Images {
     let images = Images::new();
-    ["a.raw", "b.raw", "c.raw"].map(|name| images.raw(name));
+    for name in ["a.raw", "b.raw", "c.raw"] {
+        images.raw(name);
+    }
     images
 }
 

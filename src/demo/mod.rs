@@ -14,7 +14,7 @@ use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
-pub use actor::{ActorArgs, act};
+pub use actor::{ActorArgs, ActorError, act};
 
 /// Why there is no scene.
 #[derive(Debug, thiserror::Error)]

@@ -220,10 +220,10 @@ impl Looker {
     }
 
     fn refresh_mounts(&mut self) {
-        if let Some(mounts) = &mut self.mounts {
-            if mounts.refresh().is_ok() {
-                return;
-            }
+        if let Some(mounts) = &mut self.mounts
+            && mounts.refresh().is_ok()
+        {
+            return;
         }
         match Mounts::read(&self.roots) {
             Ok(mounts) => self.mounts = Some(mounts),
@@ -259,10 +259,10 @@ impl Looker {
         gone.iter().for_each(|path| watch.remove(path));
         let mut failed = Vec::new();
         for (path, is_directory) in points {
-            if !watch.watches(&path) {
-                if let Err(error) = watch.add(&path, is_directory) {
-                    failed.push((path, error));
-                }
+            if !watch.watches(&path)
+                && let Err(error) = watch.add(&path, is_directory)
+            {
+                failed.push((path, error));
             }
         }
         if let Some((path, error)) = failed.first() {

@@ -54,10 +54,10 @@ impl<W: Write> Stream<W> {
         for gap in &update.gaps {
             self.line(&Change::about(ChangeKind::Gap, at, None, gap.clone()))?;
         }
-        if let Some(snapshot) = &update.snapshot {
-            if let Some(last) = self.last.replace(Arc::clone(snapshot)) {
-                changes(&last, snapshot).iter().try_for_each(|change| self.line(change))?;
-            }
+        if let Some(snapshot) = &update.snapshot
+            && let Some(last) = self.last.replace(Arc::clone(snapshot))
+        {
+            changes(&last, snapshot).iter().try_for_each(|change| self.line(change))?;
         }
         self.out.flush()
     }

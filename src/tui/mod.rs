@@ -1,7 +1,7 @@
 //! How does an admin watch all of it on a terminal, over a slow line, and leave the terminal as it was?
 //!
 //! The program is a value: [`model`], [`update`] and [`keymap`] are pure and decide, [`view`] turns the value into cells,
-//! [`terminal`] and [`run`] are the only code that touches the terminal. Asks `monitor` for what is so.
+//! `terminal` and `run` are the only code that touches the terminal. Asks `monitor` for what is so.
 
 pub mod keymap;
 pub mod model;

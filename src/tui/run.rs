@@ -151,10 +151,9 @@ fn turn(
             }
         }
         while keys && event::poll(Duration::ZERO)? {
-            match event::read()? {
-                Event::Key(key) => messages.push(Msg::Key(key)),
-                // A paste is no command, and sizes come with their signal.
-                _ => {}
+            // A paste is no command, and sizes come with their signal.
+            if let Event::Key(key) = event::read()? {
+                messages.push(Msg::Key(key));
             }
         }
         if rung {
