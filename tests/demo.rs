@@ -3,22 +3,12 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use support::{Running, bytes_of, have, image, list, output, qlock_top, wait_for};
-
-fn scene() -> (Running, PathBuf) {
-    let mut command = qlock_top();
-    let mut running =
-        Running::spawn(command.args(["demo", "--scene-only"]).stdin(Stdio::piped()).stdout(Stdio::piped()));
-    let mut line = String::new();
-    BufReader::new(running.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    (running, PathBuf::from(line.trim_end()))
-}
+use support::{Scene, bytes_of, have, image, list, output, qlock_top, wait_for};
 
 fn users_of(directory: &Path) -> usize {
     let links = |pid: std::fs::DirEntry| std::fs::read_link(pid.path().join("cwd")).ok();
@@ -27,7 +17,8 @@ fn users_of(directory: &Path) -> usize {
 
 #[test]
 fn the_scene_shows_each_kind_of_user() {
-    let (mut running, directory) = scene();
+    let mut scene = Scene::make();
+    let directory = scene.directory.clone();
     let (snapshot, code) = list(&directory);
     assert_eq!(code, 1);
     for (name, bytes, holders) in [
@@ -57,8 +48,7 @@ fn the_scene_shows_each_kind_of_user() {
     assert!(table.contains("WRITER, NO LOCK") && table.contains("NBD export"), "{table}");
 
     assert!(users_of(&directory) > 5);
-    drop(running.0.stdin.take());
-    wait_for("the end", || running.0.try_wait().unwrap());
+    assert_eq!(scene.end().code(), Some(0));
     assert!(!directory.exists());
     assert_eq!(users_of(&directory), 0);
 }
@@ -68,7 +58,8 @@ fn its_images_are_sound() {
     if !have(&["qemu-img"]) {
         return;
     }
-    let (_running, directory) = scene();
+    let scene = Scene::make();
+    let directory = &scene.directory;
     for name in ["base.qcow2", "web01.qcow2", "web02.qcow2", "archive.qcow2"] {
         support::run(Command::new("qemu-img").args(["check", "-q", "-U"]).arg(directory.join(name)));
     }
@@ -83,15 +74,14 @@ fn its_images_are_sound() {
 
 #[test]
 fn a_signal_cleans_up_and_even_sigkill_ends_the_actors() {
-    let (mut running, directory) = scene();
-    kill(Pid::from_raw(running.pid()), Signal::SIGTERM).unwrap();
-    let status = wait_for("the end", || running.0.try_wait().unwrap());
+    let mut scene = Scene::make();
+    kill(Pid::from_raw(scene.running.pid()), Signal::SIGTERM).unwrap();
+    let status = wait_for("the end", || scene.running.0.try_wait().unwrap());
     assert_eq!(status.code(), Some(128 + Signal::SIGTERM as i32));
-    assert!(!directory.exists());
+    assert!(!scene.directory.exists());
 
-    let (mut running, directory) = scene();
-    running.0.kill().unwrap();
-    running.0.wait().unwrap();
-    wait_for("the actors' end", || (users_of(&directory) == 0).then_some(()));
-    std::fs::remove_dir_all(&directory).unwrap();
+    let mut scene = Scene::make();
+    scene.running.0.kill().unwrap();
+    scene.running.0.wait().unwrap();
+    wait_for("the actors' end", || (users_of(&scene.directory) == 0).then_some(()));
 }

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use jsonschema::{Registry, Validator};
 use serde_json::Value;
-use support::{DEADLINE, Images, Running, have, holding, list, qemu_io, qlock_top};
+use support::{DEADLINE, Images, Running, Scene, have, holding, list, qemu_io, qlock_top};
 
 fn schema(name: &str) -> Value {
     let path = format!("{}/assets/schema/{name}", env!("CARGO_MANIFEST_DIR"));
@@ -27,11 +27,8 @@ fn snapshots_and_events_of_the_demo_scene_are_valid() {
     let registry = Registry::new().add("urn:qlock-top:snapshot:1", &snapshot_schema).unwrap().prepare().unwrap();
     let events = jsonschema::options().with_registry(&registry).build(&schema("event-1.schema.json")).unwrap();
 
-    let mut scene =
-        Running::spawn(qlock_top().args(["demo", "--scene-only"]).stdin(Stdio::piped()).stdout(Stdio::piped()));
-    let mut directory = String::new();
-    BufReader::new(scene.0.stdout.take().unwrap()).read_line(&mut directory).unwrap();
-    let directory = std::path::PathBuf::from(directory.trim_end());
+    let scene = Scene::make();
+    let directory = scene.directory.clone();
     let (snapshot, _) = list(&directory);
     assert_valid(&snapshots, &snapshot);
     assert!(snapshot["images"].as_array().unwrap().len() > 5);
@@ -53,7 +50,6 @@ fn snapshots_and_events_of_the_demo_scene_are_valid() {
     let mut wrong = snapshot.clone();
     wrong["images"][0]["verdict"] = "probably free".into();
     assert!(!snapshots.is_valid(&wrong));
-    drop(scene.0.stdin.take());
 }
 
 #[test]

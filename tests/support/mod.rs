@@ -2,9 +2,9 @@
 #![allow(dead_code, unreachable_pub)]
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use qlock::linux::probe::{self, Asker};
@@ -210,4 +210,40 @@ pub fn tell(running: &mut Running, text: &str) {
     let stdin = running.0.stdin.as_mut().unwrap();
     stdin.write_all(text.as_bytes()).unwrap();
     stdin.flush().unwrap();
+}
+
+/// The demo's scene, ended as its standard input ends, and gone even if the program did not clean up.
+pub struct Scene {
+    pub running: Running,
+    pub directory: PathBuf,
+}
+
+impl Scene {
+    pub fn make() -> Self {
+        let mut command = qlock_top();
+        command.args(["demo", "--scene-only"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut running = Running::spawn(&mut command);
+        let mut line = String::new();
+        BufReader::new(running.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        Self { running, directory: PathBuf::from(line.trim_end()) }
+    }
+
+    /// Ends it in the ordinary way.
+    pub fn end(&mut self) -> ExitStatus {
+        drop(self.running.0.stdin.take());
+        wait_for("the end of the scene", || self.running.0.try_wait().unwrap())
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        drop(self.running.0.stdin.take());
+        // While a test fails there is no time for waiting nicely.
+        if std::thread::panicking() {
+            self.running.kill();
+        } else {
+            let _ = self.running.0.wait();
+        }
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
 }
