@@ -140,3 +140,73 @@ fn image_changes(was: &Image, is: &Image, at: Timestamp, all: &mut Vec<Change>) 
         all.push(Change::about(ChangeKind::Finding, at, Some(&is.path), finding.text.clone()));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::monitor::examples::{access, holds, image, process, sample};
+    use crate::monitor::sample::ImageSample;
+
+    fn snapshot(images: Vec<ImageSample>) -> Snapshot {
+        Snapshot::of(&sample(images, &[process(42, "qemu-system-x86", Some("web01")), process(43, "qemu-io", None)]))
+    }
+
+    fn held(by: &[(i32, &str)], locked: &str) -> ImageSample {
+        ImageSample { descriptors: by.iter().map(|(pid, held)| holds(*pid, held)).collect(), ..image("a", locked) }
+    }
+
+    fn told(before: &Snapshot, after: &Snapshot) -> Vec<(ChangeKind, Option<i32>, String)> {
+        let short = |c: Change| (c.kind, c.process.map(|p| p.id.pid), c.access.to_string());
+        changes(before, after)
+            .into_iter()
+            .filter(|c| !matches!(c.kind, ChangeKind::Finding | ChangeKind::FindingCleared))
+            .map(short)
+            .collect()
+    }
+
+    #[test]
+    fn taking_and_letting_go_name_the_bytes_and_the_process() {
+        let (free, vm) = (snapshot(vec![held(&[], "-/-")]), snapshot(vec![held(&[(42, "cw/w")], "cw/w")]));
+        assert_eq!(told(&free, &vm), [(ChangeKind::Acquired, Some(42), "cw/w".to_owned())]);
+        assert_eq!(told(&vm, &free), [(ChangeKind::Released, Some(42), "cw/w".to_owned())]);
+        assert_eq!(told(&vm, &vm), []);
+        let mirror = snapshot(vec![held(&[(42, "cw/wr")], "cw/wr")]);
+        assert_eq!(told(&vm, &mirror), [(ChangeKind::Acquired, Some(42), "-/r".to_owned())]);
+        assert_eq!(
+            changes(&free, &vm)[0].text,
+            "web01 (qemu-system-x86 42) took: uses consistent read, write; denies write"
+        );
+    }
+
+    #[test]
+    fn a_second_reader_is_an_event_though_no_byte_changes() {
+        let one = snapshot(vec![held(&[(42, "c/wr")], "c/wr")]);
+        let two = snapshot(vec![held(&[(42, "c/wr"), (43, "c/wr")], "c/wr")]);
+        assert_eq!(told(&one, &two), [(ChangeKind::Acquired, Some(43), "c/wr".to_owned())]);
+    }
+
+    #[test]
+    fn a_holder_that_becomes_known_let_nothing_go() {
+        let (unknown, known) = (snapshot(vec![held(&[], "cw/-")]), snapshot(vec![held(&[(43, "cw/-")], "cw/-")]));
+        assert_eq!(told(&unknown, &known), [(ChangeKind::Acquired, Some(43), "cw/-".to_owned())]);
+        let free = snapshot(vec![held(&[], "-/-")]);
+        assert_eq!(told(&free, &unknown), [(ChangeKind::Acquired, None, "cw/-".to_owned())]);
+        assert_eq!(told(&unknown, &free), [(ChangeKind::Released, None, "cw/-".to_owned())]);
+    }
+
+    #[test]
+    fn another_file_under_the_name_is_another_image() {
+        let mut replaced = held(&[(43, "c/-")], "c/-");
+        replaced.file.inode += 1;
+        let (before, after) = (snapshot(vec![held(&[], "-/-")]), snapshot(vec![replaced]));
+        assert_eq!(
+            told(&before, &after),
+            [
+                (ChangeKind::ImageRemoved, None, "-/-".to_owned()),
+                (ChangeKind::ImageAdded, None, "-/-".to_owned()),
+                (ChangeKind::Acquired, Some(43), "c/-".to_owned())
+            ]
+        );
+        assert_eq!(access("-/-"), Access::NONE);
+    }
+}

@@ -5,6 +5,8 @@
 //! `search` and `sampler` is pure.
 
 pub mod change;
+#[cfg(test)]
+pub(crate) mod examples;
 pub mod finding;
 pub mod look;
 pub mod sample;

@@ -296,3 +296,62 @@ impl Agenda {
         files.map_or(self.tick, |at| at.min(self.tick))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::monitor::examples::{holds, image, process, sample};
+    use crate::monitor::sample::ImageSample;
+
+    fn out() -> (Out, Arc<Mutex<Slot>>, PipeReader) {
+        let (bell, ringer) = io::pipe().unwrap();
+        let slot = Arc::new(Mutex::new(Slot::default()));
+        (Out { slot: Arc::clone(&slot), ringer, last: None }, slot, bell)
+    }
+
+    fn snapshot(held: bool) -> Snapshot {
+        let descriptors = if held { vec![holds(42, "cw/w")] } else { Vec::new() };
+        let locked = if held { "cw/w" } else { "-/-" };
+        Snapshot::of(&sample(vec![ImageSample { descriptors, ..image("a", locked) }], &[process(42, "qemu-io", None)]))
+    }
+
+    #[test]
+    fn what_nobody_took_in_time_is_told_as_a_gap() {
+        let (mut out, slot, _bell) = out();
+        out.publish(snapshot(false), Vec::new());
+        assert!(lock(&slot).update.gaps.is_empty());
+        out.publish(snapshot(true), Vec::new());
+        out.publish(snapshot(false), Vec::new());
+        let slot = lock(&slot);
+        assert_eq!(slot.update.gaps.len(), 1, "once, however many");
+        assert!(slot.update.snapshot.as_ref().unwrap().images[0].held().is_empty(), "the newest waits");
+    }
+
+    #[test]
+    fn a_snapshot_that_says_the_same_wakes_nobody() {
+        let (mut out, slot, _bell) = out();
+        out.publish(snapshot(true), Vec::new());
+        let mut taken = lock(&slot);
+        (taken.update.snapshot, taken.rung) = (None, false);
+        drop(taken);
+        out.publish(Snapshot { taken_at: jiff::Timestamp::MAX, ..snapshot(true) }, Vec::new());
+        assert!(!lock(&slot).rung && lock(&slot).update.snapshot.is_none());
+        drop(out);
+        assert!(lock(&slot).update.ended && lock(&slot).rung, "the end is always told");
+    }
+
+    #[test]
+    fn touched_files_are_looked_at_again_until_the_lock_must_be_there() {
+        let start = Instant::now();
+        let mut agenda =
+            Agenda { tick: start + Duration::from_secs(3600), files: BTreeMap::new(), rested: start, gaps: Vec::new() };
+        let path = PathBuf::from("/images/a");
+        agenda.add(Touched { files: HashSet::from([path.clone()]), ..Touched::default() });
+        let later = start + Duration::from_millis(60);
+        assert_eq!(agenda.due(later), HashSet::from([path.clone()]));
+        assert!(agenda.due(later).is_empty(), "the last look is still to come");
+        assert!(agenda.next() < start + Duration::from_secs(10));
+        assert_eq!(agenda.due(start + Duration::from_secs(60)), HashSet::from([path]));
+        assert_eq!(agenda.next(), agenda.tick);
+    }
+}

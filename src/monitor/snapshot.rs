@@ -391,3 +391,144 @@ fn verdict(image: &ImageSample, sample: &Sample, bytes: &[ByteView]) -> Verdict 
     // The least certain of them speaks for the image.
     without_holder.max().unwrap_or(Verdict::Held)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linux::lock_table::parse_line;
+    use crate::monitor::examples::{access, descriptor, holds, image, mount, process, rows, sample};
+
+    fn verdict_of(image: ImageSample, change: impl Fn(&mut Sample)) -> (Verdict, Image) {
+        let mut sample = sample(vec![image], &[process(42, "qemu-system-x86", Some("web01")), process(43, "dd", None)]);
+        change(&mut sample);
+        let image = Snapshot::of(&sample).images.remove(0);
+        (image.verdict, image)
+    }
+
+    fn same(_: &mut Sample) {}
+
+    #[test]
+    fn a_held_byte_with_a_holder_is_held_and_without_a_lock_it_is_free() {
+        let (verdict, seen) =
+            verdict_of(ImageSample { descriptors: vec![holds(42, "cwr/wr")], ..image("a", "cwr/wr") }, same);
+        assert_eq!((verdict, seen.held(), seen.ownerless()), (Verdict::Held, access("cwr/wr"), Access::NONE));
+        assert_eq!((seen.holders.len(), seen.holders[0].fd), (1, Some(14)));
+        let (verdict, seen) = verdict_of(image("a", "-/-"), same);
+        assert_eq!((verdict, seen.held()), (Verdict::Free, Access::NONE));
+    }
+
+    #[test]
+    fn a_holder_that_came_after_the_question_counts() {
+        let (verdict, seen) =
+            verdict_of(ImageSample { descriptors: vec![holds(42, "c/w")], ..image("a", "-/-") }, same);
+        assert_eq!((verdict, seen.held()), (Verdict::Held, access("c/w")));
+    }
+
+    #[test]
+    fn a_missing_holder_is_told_by_what_could_be_seen() {
+        let nobody = || image("a", "cw/w");
+        assert_eq!(verdict_of(nobody(), same).0, Verdict::HeldByKernel);
+        assert_eq!(verdict_of(nobody(), |s| s.hidden_processes = 1).0, Verdict::Unknown);
+        assert_eq!(verdict_of(nobody(), |s| s.sees_all_processes = false).0, Verdict::Unknown);
+        let unlisted = || ImageSample { table_rows: Vec::new(), ..nobody() };
+        assert_eq!(verdict_of(unlisted(), same).0, Verdict::Unknown, "on a local file system both must agree");
+        for (kind, reach) in [("nfs4", Reach::Remote), ("fuse.glusterfs", Reach::Fuse)] {
+            let remote = ImageSample { mount: Some(mount(kind, reach)), ..unlisted() };
+            let (verdict, seen) = verdict_of(remote.clone(), same);
+            assert_eq!(verdict, Verdict::HeldElsewhere);
+            assert!(seen.findings[0].text.contains("filer:/vol"), "{}", seen.findings[0].text);
+            assert_eq!(verdict_of(remote, |s| s.hidden_processes = 3).0, Verdict::HeldElsewhere);
+        }
+    }
+
+    #[test]
+    fn one_byte_without_a_holder_is_enough() {
+        let partly = ImageSample { descriptors: vec![holds(42, "c/-")], ..image("a", "cw/-") };
+        let (verdict, seen) = verdict_of(partly, same);
+        assert_eq!((verdict, seen.ownerless()), (Verdict::HeldByKernel, access("w/-")));
+    }
+
+    #[test]
+    fn what_was_not_answered_is_never_free() {
+        for (answer, verdict) in [
+            (Answer::CannotOpen(libc_eacces()), Verdict::Unknown),
+            (Answer::CannotLock(libc_eacces()), Verdict::CannotLock),
+        ] {
+            let mut sample = sample(vec![ImageSample { answer, ..image("a", "-/-") }], &[]);
+            let snapshot = Snapshot::of(&sample);
+            assert_eq!(snapshot.images[0].verdict, verdict);
+            assert!(snapshot.images[0].bytes.iter().all(|b| b.state == ByteState::Unknown));
+            assert!(!snapshot.complete && !verdict.is_certain());
+            sample.images.clear();
+            assert!(Snapshot::of(&sample).complete);
+        }
+    }
+
+    fn libc_eacces() -> i32 {
+        nix::errno::Errno::EACCES as i32
+    }
+
+    #[test]
+    fn flock_leases_and_waiters_hold_no_byte() {
+        let lines = ["FLOCK ADVISORY WRITE 42", "LEASE ACTIVE READ 42", "-> OFDLCK ADVISORY READ -1"];
+        let locks = lines.map(|l| parse_line(&format!("1: {l} 08:01:7 0 EOF")).unwrap()).to_vec();
+        let other = ImageSample { descriptors: vec![descriptor(42, 3, OpenMode::Read, locks)], ..image("a", "-/-") };
+        let (verdict, seen) = verdict_of(other, same);
+        assert_eq!((verdict, seen.holders.len(), seen.openers.len()), (Verdict::Free, 0, 1));
+    }
+
+    #[test]
+    fn a_foreign_range_covers_bytes_and_is_told_apart() {
+        let range = parse_line("1: OFDLCK ADVISORY WRITE -1 08:01:7 0 4095").unwrap();
+        let locks = [vec![range], rows("c/-", "OFDLCK", -1)].concat();
+        let mixed =
+            ImageSample { descriptors: vec![descriptor(42, 3, OpenMode::Write, locks)], ..image("a", "cwurg/cwurg") };
+        let (verdict, seen) = verdict_of(mixed, same);
+        assert_eq!((verdict, seen.holders.len()), (Verdict::Held, 2));
+        assert_eq!(seen.holders[0].access, access("c/-"));
+        assert_eq!(seen.holders[1].foreign, Some(ForeignRange { start: 0, end: Some(4095), mode: LockMode::Write }));
+        assert_eq!(seen.bytes[0].holders, [0, 1]);
+        // Libvirt's bytes 0 and 1 lie beside the ten.
+        let byte_0 = parse_line("1: POSIX ADVISORY WRITE 42 08:01:7 0 0").unwrap();
+        let beside =
+            ImageSample { descriptors: vec![descriptor(42, 3, OpenMode::Write, vec![byte_0])], ..image("a", "-/-") };
+        let (verdict, seen) = verdict_of(beside, same);
+        assert_eq!((verdict, seen.holders.len()), (Verdict::Free, 1));
+    }
+
+    #[test]
+    fn a_posix_owner_is_named_by_the_table_where_it_cannot_be_read() {
+        let rows = rows("c/-", "POSIX", 42);
+        let (verdict, seen) =
+            verdict_of(ImageSample { table_rows: rows, ..image("a", "c/-") }, |s| s.hidden_processes = 1);
+        assert_eq!(verdict, Verdict::Held);
+        assert_eq!(
+            (seen.holders[0].process.id.pid, seen.holders[0].fd, seen.holders[0].lock),
+            (42, None, LockKind::Posix)
+        );
+    }
+
+    #[test]
+    fn a_writer_without_a_lock_is_a_danger_beside_others_and_a_warning_alone() {
+        let writer = descriptor(43, 3, OpenMode::Write, Vec::new());
+        let alone = ImageSample { descriptors: vec![writer.clone()], ..image("a", "-/-") };
+        let (_, seen) = verdict_of(alone, same);
+        assert_eq!(seen.findings[0].severity, crate::monitor::finding::Severity::Warning);
+        let beside = ImageSample { descriptors: vec![writer, holds(42, "cw/w")], ..image("a", "cw/w") };
+        let (_, seen) = verdict_of(beside, same);
+        assert_eq!(
+            (seen.findings[0].code.as_str(), seen.findings[0].severity),
+            ("unlocked-writer", crate::monitor::finding::Severity::Danger)
+        );
+    }
+
+    #[test]
+    fn a_sample_that_is_written_down_gives_the_same_snapshot() {
+        let taken = sample(
+            vec![ImageSample { descriptors: vec![holds(42, "cwr/wr")], ..image("a", "cwr/wr") }],
+            &[process(42, "qemu-system-x86", Some("web01"))],
+        );
+        let read_back: Sample = serde_json::from_str(&serde_json::to_string(&taken).unwrap()).unwrap();
+        assert_eq!(Snapshot::of(&read_back), Snapshot::of(&taken));
+    }
+}
