@@ -1,79 +1,24 @@
-//! What did the operator ask for, and with which status does it end?
+//! What did the operator ask for?
 //!
-//! The command line, its exit codes, and the commands that have no screen.
+//! The command line; [`exit`] has its statuses, `commands` what has no screen.
 
-use std::fmt;
-use std::io::{self, IsTerminal, Write};
-use std::os::fd::AsFd;
+mod commands;
+pub mod exit;
+
+use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::demo;
-use crate::image::catalog::{Catalog, CatalogError};
 use crate::linux::Roots;
-use crate::monitor::look::{Looker, Scope};
-use crate::monitor::sampler::{Options, Sampler, StartError};
-use crate::monitor::snapshot::{Snapshot, Verdict};
-use crate::report::stream::{self, Stream};
+use crate::monitor::sampler::Options;
 use crate::report::table::Layout;
-use crate::report::{json, table};
-use crate::signals::{ENDING, Signals};
+use crate::signals::Signals;
 use crate::tui;
-
-/// The status that a command ends with; scripts depend on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Exit {
-    /// Fine, free, granted.
-    Fine,
-    /// Held, refused.
-    Held,
-    /// Wrong usage, or an error.
-    Error,
-    /// It cannot be told.
-    CannotTell,
-    /// No such image.
-    NoSuchImage,
-    /// Ended by a signal.
-    Signal(i32),
-}
-
-impl Exit {
-    /// The number.
-    #[must_use]
-    pub fn code(self) -> u8 {
-        match self {
-            Self::Fine => 0,
-            Self::Held => 1,
-            Self::Error => 2,
-            Self::CannotTell => 3,
-            Self::NoSuchImage => 4,
-            Self::Signal(number) => u8::try_from(128 + number).unwrap_or(u8::MAX),
-        }
-    }
-
-    /// The status of a look: what cannot be told counts most, since the answer is not whole then.
-    #[must_use]
-    pub fn of(snapshot: &Snapshot) -> Self {
-        let any = |test: fn(Verdict) -> bool| snapshot.images.iter().any(|i| test(i.verdict));
-        if any(|v| !v.is_certain()) || !snapshot.troubles.is_empty() {
-            Self::CannotTell
-        } else if any(|v| v != Verdict::Free) {
-            Self::Held
-        } else {
-            Self::Fine
-        }
-    }
-}
-
-impl From<Exit> for ExitCode {
-    fn from(exit: Exit) -> Self {
-        Self::from(exit.code())
-    }
-}
+use commands::{keep_scene, list, watch};
+use exit::{Exit, Failure};
 
 /// Shows who holds the locks that QEMU takes on disk images.
 #[derive(Debug, Parser)]
@@ -192,57 +137,6 @@ fn parse_interval(text: &str) -> Result<Duration, String> {
     Ok(interval)
 }
 
-/// Something that went wrong, with the status it ends in.
-#[derive(Debug)]
-pub struct Failure {
-    exit: Exit,
-    message: String,
-}
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
-    }
-}
-
-impl Failure {
-    fn error(message: impl fmt::Display) -> Self {
-        Self { exit: Exit::Error, message: message.to_string() }
-    }
-
-    /// The status.
-    #[must_use]
-    pub fn exit(&self) -> Exit {
-        self.exit
-    }
-}
-
-impl From<CatalogError> for Failure {
-    fn from(error: CatalogError) -> Self {
-        let exit = match error {
-            CatalogError::NoSuchPath(_) => Exit::NoSuchImage,
-            CatalogError::NotAnImage(_) => Exit::Error,
-            CatalogError::Unreachable { .. } => Exit::CannotTell,
-        };
-        Self { exit, message: error.to_string() }
-    }
-}
-
-impl From<StartError> for Failure {
-    fn from(error: StartError) -> Self {
-        match error {
-            StartError::Path(error) => error.into(),
-            StartError::Resources(_) => Self::error(error),
-        }
-    }
-}
-
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        Self::error(error)
-    }
-}
-
 /// Does what the command line asks for.
 ///
 /// # Errors
@@ -319,86 +213,6 @@ fn layout(common: &Common) -> Layout {
         columns: terminal.then(|| crossterm::terminal::size().ok()).flatten().map(|(columns, _)| columns.into()),
         ascii: common.ascii || (terminal && !is_utf8_locale()),
     }
-}
-
-/// A closed pipe is the reader's decision and no error.
-fn unless_closed(result: io::Result<()>) -> Result<(), Failure> {
-    match result {
-        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::error(format!("cannot write: {e}"))),
-        _ => Ok(()),
-    }
-}
-
-fn list(paths: Paths, format: ListFormat, common: &Common) -> Result<Exit, Failure> {
-    let catalog = Catalog::new(&or_default(paths.paths)?, paths.recursive)?;
-    let sample = Looker::new(roots(common), catalog, None).look(Scope::Everything);
-    let snapshot = Snapshot::of(&sample);
-    let mut out = io::BufWriter::new(io::stdout().lock());
-    let written = match format {
-        ListFormat::Table => table::write(&mut out, &snapshot, layout(common)),
-        ListFormat::Json => json::write_snapshot(&mut out, &snapshot),
-    };
-    unless_closed(written.and_then(|()| out.flush()))?;
-    Ok(Exit::of(&snapshot))
-}
-
-fn watch(watched: Watched, format: WatchFormat, common: &Common) -> Result<Exit, Failure> {
-    let mut signals = Signals::take_over(&ENDING)?;
-    let mut sampler = Sampler::start(&options(watched, common)?)?;
-    let stdout = io::stdout();
-    let format = match format {
-        WatchFormat::Text => stream::Format::Text(layout(common)),
-        WatchFormat::Ndjson => stream::Format::Ndjson,
-    };
-    let mut stream = Stream::new(io::BufWriter::new(stdout.lock()), format);
-    loop {
-        let (signalled, closed) = {
-            // Asked for nothing, a pipe still says when its reader has gone.
-            let mut fds = [
-                PollFd::new(sampler.bell(), PollFlags::POLLIN),
-                PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-                PollFd::new(stdout.as_fd(), PollFlags::empty()),
-            ];
-            match poll(&mut fds, PollTimeout::NONE) {
-                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-                Err(e) => return Err(Failure::error(e)),
-            }
-            let gone = PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL;
-            (fds[1].any().unwrap_or_default(), fds[2].revents().is_some_and(|r| r.intersects(gone)))
-        };
-        if signalled && let Some(signal) = signals.next() {
-            return Ok(Exit::Signal(signal as i32));
-        }
-        if closed {
-            return Ok(Exit::Fine);
-        }
-        let update = sampler.take();
-        match stream.write(&update) {
-            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(Exit::Fine),
-            other => other?,
-        }
-        if update.ended {
-            return Err(Failure::error("watching ended because of a fault in this program"));
-        }
-    }
-}
-
-fn keep_scene() -> Result<Exit, Failure> {
-    let mut signals = Signals::take_over(&ENDING)?;
-    let scene = demo::Scene::make().map_err(Failure::error)?;
-    let shown = writeln!(io::stdout(), "{}", crate::text::escape_path(scene.directory()));
-    unless_closed(shown)?;
-    let stdin = io::stdin();
-    let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
-    loop {
-        match poll(&mut fds, PollTimeout::NONE) {
-            Ok(_) => break,
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(e) => return Err(Failure::error(e)),
-        }
-    }
-    drop(scene);
-    Ok(signals.next().map_or(Exit::Fine, |s| Exit::Signal(s as i32)))
 }
 
 fn dashboard(options: &Options, common: &Common, signals: Signals) -> Result<Exit, Failure> {
