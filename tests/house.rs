@@ -88,6 +88,8 @@ fn pure_files_do_no_io_and_ask_no_clock() {
         "monitor/finding.rs",
         "monitor/change.rs",
         "monitor/wording.rs",
+        "monitor/what_if.rs",
+        "monitor/advice.rs",
         "tui/model.rs",
         "tui/update.rs",
         "tui/keymap.rs",

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -75,6 +76,19 @@ pub struct Header {
     /// The backing file as it stands in the header: a path relative to the image, or one of QEMU's URLs. Written by
     /// whoever wrote the image; bytes that are no UTF-8 are replaced.
     pub backing_file: Option<String>,
+}
+
+/// The path that a backing file name leads to: beside the image unless it is absolute. `None` for what is no path but one
+/// of QEMU's URLs or `json:` descriptions (`path_has_protocol` in block.c).
+#[must_use]
+pub fn backing_path(image: &Path, name: &str) -> Option<PathBuf> {
+    let before_slash = name.split('/').next().unwrap_or_default();
+    let name = match before_slash.split_once(':') {
+        Some(("file", _)) => name.strip_prefix("file:")?,
+        Some(_) => return None,
+        None => name,
+    };
+    if name.is_empty() { None } else { Some(image.parent()?.join(name)) }
 }
 
 /// As much as any header is read: enough for every magic number and every field used here.
@@ -212,6 +226,18 @@ mod tests {
         assert_eq!(header.virtual_size, Some(10 << 30));
         assert_eq!(header.backing_file.as_deref(), Some("base.qcow2"));
         assert_eq!(read_bytes(&qcow2(2, 1, "", 0)).backing_file, None);
+    }
+
+    #[test]
+    fn a_backing_name_is_a_path_only_if_qemu_takes_it_for_one() {
+        let path = |name| backing_path(Path::new("/images/web01.qcow2"), name).map(|p| p.display().to_string());
+        assert_eq!(path("base.qcow2").as_deref(), Some("/images/base.qcow2"));
+        assert_eq!(path("/srv/base:1.qcow2").as_deref(), Some("/srv/base:1.qcow2"));
+        assert_eq!(path("sub/base:1").as_deref(), Some("/images/sub/base:1"));
+        assert_eq!(path("file:base.raw").as_deref(), Some("/images/base.raw"));
+        for url in ["json:{\"driver\":\"raw\"}", "nbd://host/x", "rbd:pool/x", ""] {
+            assert_eq!(path(url), None, "{url}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::io::Read;
 use std::path::Path;
 
+use jiff::Timestamp;
 use procfs::process::Process;
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +35,8 @@ pub struct ProcessFacts {
     pub unit: Option<String>,
     /// The container, by its id or name.
     pub container: Option<String>,
+    /// When it started, to the second; `None` where the kernel's boot time is not known.
+    pub started: Option<Timestamp>,
 }
 
 /// At most this much of a command line is read: QEMU's are long, and no limit would let a process fill our memory.
@@ -66,11 +69,20 @@ pub fn facts(roots: &Roots, users: &Users, pid: i32) -> Option<ProcessFacts> {
         vm: vm_name(&stat.comm, &arguments),
         unit: unit(cgroup),
         container: container(cgroup),
+        started: started(roots, stat.starttime),
         command: stat.comm,
         command_line,
         uid,
         user: users.name(uid),
     })
+}
+
+/// Boot time (`btime` of proc_stat(5)) and clock ticks since then.
+fn started(roots: &Roots, start_time: u64) -> Option<Timestamp> {
+    let text = std::fs::read_to_string(roots.proc.join("stat")).ok()?;
+    let boot: i64 = text.lines().find_map(|l| l.strip_prefix("btime "))?.trim().parse().ok()?;
+    let seconds = i64::try_from(start_time / procfs::ticks_per_second().max(1)).ok()?;
+    Timestamp::from_second(boot.checked_add(seconds)?).ok()
 }
 
 /// As much of `/proc/PID/stat` as is needed to know a process again.

@@ -31,6 +31,7 @@ pub(crate) fn process(pid: i32, command: &str, vm: Option<&str>) -> ProcessFacts
         vm: vm.map(str::to_owned),
         unit: None,
         container: None,
+        started: Some(Timestamp::UNIX_EPOCH),
     }
 }
 
@@ -54,6 +55,8 @@ pub(crate) fn image(name: &str, locked: &str) -> ImageSample {
     let found = BytesFound { locked: access(locked), ..BytesFound::default() };
     ImageSample {
         path: PathBuf::from("/images").join(name),
+        resolved: PathBuf::from("/images").join(name),
+        backing: None,
         file: FileId { device: Device { major: 8, minor: 1 }, inode: 7 },
         file_size: 1 << 20,
         header: Some(Header { format: Format::Qcow2, virtual_size: Some(1 << 30), backing_file: None }),

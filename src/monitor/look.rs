@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use nix::errno::Errno;
 
-use super::sample::{Answer, ImageSample, Sample};
+use super::sample::{Answer, Backing, ImageSample, Sample};
 use super::search::{Depth, Search};
 use crate::image::catalog::{Catalog, Entry};
 use crate::image::header::{self, Header};
 use crate::image::watch::ImageWatch;
-use crate::linux::identity::{FileId, FileKind, FileStatus};
+use crate::linux::identity::{FileId, FileKind, FileStatus, status};
 use crate::linux::lock_table::{self, LockKind, LockRecord};
 use crate::linux::mounts::Mounts;
 use crate::linux::probe::{self, Asker, OpenError};
@@ -329,6 +329,8 @@ impl Looker {
         }
         ImageSample {
             path: entry.path.clone(),
+            resolved: entry.resolved.clone(),
+            backing: header.as_ref().and_then(|h| backing(&entry.resolved, h)),
             file: status.id,
             file_size: if status.kind == FileKind::Block {
                 header.as_ref().and_then(|h| h.virtual_size).unwrap_or_default()
@@ -403,6 +405,15 @@ impl Looker {
             troubles,
         }
     }
+}
+
+/// The file that a header names as its backing file. It is looked at, never opened.
+fn backing(image: &Path, header: &Header) -> Option<Backing> {
+    let path = header::backing_path(image, header.backing_file.as_ref()?)?;
+    let is_image = |s: &FileStatus| matches!(s.kind, FileKind::Regular | FileKind::Block);
+    let file = status(&path).ok().filter(is_image).map(|s| s.id);
+    let path = if file.is_some() { path.canonicalize().unwrap_or(path) } else { path };
+    Some(Backing { path, file })
 }
 
 fn ids(entries: &[Entry]) -> HashSet<FileId> {

@@ -13,4 +13,5 @@ pub mod sample;
 pub mod sampler;
 mod search;
 pub mod snapshot;
+pub mod what_if;
 pub mod wording;

@@ -49,17 +49,30 @@ pub enum Answer {
     CannotLock(i32),
 }
 
+/// A backing file, as far as it can be found from here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Backing {
+    /// Its path, links resolved where it exists.
+    pub path: PathBuf,
+    /// The file there; `None` if there is none that can be an image.
+    pub file: Option<FileId>,
+}
+
 /// One image at one moment.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ImageSample {
     /// As it is shown.
     pub path: PathBuf,
+    /// The same with every link resolved.
+    pub resolved: PathBuf,
     /// The file that was opened and asked.
     pub file: FileId,
     /// Length of the file in bytes.
     pub file_size: u64,
     /// What its header says; `None` if it could not be read.
     pub header: Option<Header>,
+    /// Where its backing file is, if its name is a path.
+    pub backing: Option<Backing>,
     /// The file system it lies on.
     pub mount: Option<Arc<Mount>>,
     /// What GETLK said.

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::finding::{Finding, findings};
-use super::sample::{Answer, ImageSample, Sample};
+use super::sample::{Answer, Backing, ImageSample, Sample};
 use crate::image::header::Format;
 use crate::linux::descriptors::{OpenDescriptor, OpenMode};
 use crate::linux::identity::FileId;
@@ -153,6 +153,8 @@ pub struct Filesystem {
 pub struct Image {
     /// As it is shown.
     pub path: PathBuf,
+    /// The same with every link resolved.
+    pub resolved: PathBuf,
     /// The file behind the path.
     pub file: FileId,
     /// Its format; `None` if its header could not be read.
@@ -163,12 +165,16 @@ pub struct Image {
     pub file_size: u64,
     /// The backing file as it stands in the header.
     pub backing_file: Option<String>,
+    /// Where that is, if its name is a path.
+    pub backing: Option<Backing>,
     /// Where it lies.
     pub filesystem: Filesystem,
     /// What can be said of its locks.
     pub verdict: Verdict,
     /// All ten bytes, in order.
     pub bytes: Vec<ByteView>,
+    /// The bytes under a write lock, which no QEMU takes.
+    pub write_locked: Access,
     /// Who holds locks on it.
     pub holders: Vec<Holder>,
     /// Who has it open without one.
@@ -241,17 +247,20 @@ fn understand(image: &ImageSample, sample: &Sample) -> Image {
     let header = image.header.as_ref();
     let mut understood = Image {
         path: image.path.clone(),
+        resolved: image.resolved.clone(),
         file: image.file,
         format: header.map(|h| h.format),
         virtual_size: header.and_then(|h| h.virtual_size),
         file_size: image.file_size,
         backing_file: header.and_then(|h| h.backing_file.clone()),
+        backing: image.backing.clone(),
         filesystem: Filesystem {
             kind: mount.map(|m| m.kind.clone()).unwrap_or_default(),
             source: mount.map(|m| m.source.clone()).unwrap_or_default(),
             remote: mount.is_some_and(|m| m.reach == Reach::Remote),
         },
         verdict,
+        write_locked: write_locked(image, &holders),
         bytes,
         holders,
         openers,
@@ -364,6 +373,17 @@ fn bytes(image: &ImageSample, holders: &[Holder]) -> Vec<ByteView> {
         ByteView { byte, state, holders }
     };
     LockByte::ALL.into_iter().map(view).collect()
+}
+
+/// A write lock may hide behind a read lock that GETLK named first: the holders' own lines count too.
+fn write_locked(image: &ImageSample, holders: &[Holder]) -> Access {
+    let asked = match &image.answer {
+        Answer::Bytes(found) => found.write_locked,
+        Answer::CannotOpen(_) | Answer::CannotLock(_) => Access::NONE,
+    };
+    let writers = holders.iter().filter(|h| h.foreign.is_some_and(|f| f.mode == LockMode::Write));
+    let covered = writers.flat_map(|h| LockByte::ALL.into_iter().filter(|b| lies_on(h, *b)));
+    asked.union(covered.collect())
 }
 
 fn verdict(image: &ImageSample, sample: &Sample, bytes: &[ByteView]) -> Verdict {

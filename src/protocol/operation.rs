@@ -73,6 +73,8 @@ pub enum Family {
 pub struct Operation {
     /// The name, such as `convert-source` or `vm-read-only`.
     pub name: &'static str,
+    /// What it takes of each file in the backing chain below the image, raw or not; nothing where it does not open them.
+    pub backing: Access,
     /// What it asks of a raw image; `None` where the program does not exist for raw or was not measured.
     pub raw: Option<Recipe>,
     /// What it asks of a qcow2 image.

@@ -42,9 +42,15 @@ const fn access(text: &str) -> Access {
     access
 }
 
+/// What a program takes of each file below the image in the backing chain; measured on an overlay, for every operation.
+const NONE: Access = Access::NONE;
+const READ: Access = access("c/wr");
+const READ_SHARED: Access = access("c/-");
+
 pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "amend",
+        backing: READ,
         raw: None,
         qcow2: Some(Recipe::new(
             "qemu-img amend -f qcow2 -o lazy_refcounts=on a.qcow2",
@@ -53,6 +59,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "bench",
+        backing: READ,
         raw: Some(Recipe::new(
             "qemu-img bench -c 1 -f raw a.raw",
             &[step("c/-", "c/-", "-/-"), step("-/-", "-/-", "c/-")],
@@ -64,6 +71,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "bench-write",
+        backing: READ,
         raw: Some(Recipe::new(
             "qemu-img bench -w -c 1 -f raw a.raw",
             &[step("cw/-", "cw/-", "-/-"), step("-/-", "-/-", "cw/-")],
@@ -75,6 +83,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "bitmap-add",
+        backing: NONE,
         raw: None,
         qcow2: Some(Recipe::new(
             "qemu-img bitmap --add -f qcow2 a.qcow2 bm",
@@ -83,6 +92,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "check",
+        backing: READ,
         raw: None,
         qcow2: Some(Recipe::new(
             "qemu-img check -f qcow2 a.qcow2",
@@ -91,6 +101,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "check-force-share",
+        backing: READ_SHARED,
         raw: None,
         qcow2: Some(Recipe::new(
             "qemu-img check -U -f qcow2 a.qcow2",
@@ -99,6 +110,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "check-repair",
+        backing: READ,
         raw: None,
         qcow2: Some(Recipe::new(
             "qemu-img check -r all -f qcow2 a.qcow2",
@@ -107,6 +119,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "commit-into-backing",
+        backing: READ,
         raw: Some(Recipe::new(
             "qemu-img commit -f qcow2 or.qcow2",
             &[
@@ -130,6 +143,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "compare",
+        backing: READ,
         raw: Some(Recipe::new(
             "qemu-img compare -f raw -F raw a.raw src.raw",
             &[step("c/-", "c/-", "-/-"), step("-/-", "-/-", "c/-")],
@@ -141,6 +155,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "convert-into-existing",
+        backing: READ,
         raw: Some(Recipe::new(
             "qemu-img convert -n -f raw -O raw src.raw a.raw",
             &[step("cw/-", "cw/-", "-/-"), step("-/-", "-/-", "cw/-")],
@@ -152,6 +167,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "convert-source",
+        backing: READ,
         raw: Some(Recipe::new(
             "qemu-img convert -f raw -O raw a.raw out.raw",
             &[step("c/wr", "c/wr", "-/-"), step("-/-", "-/-", "c/wr")],
@@ -163,6 +179,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "convert-source-force-share",
+        backing: READ_SHARED,
         raw: Some(Recipe::new(
             "qemu-img convert -U -f raw -O raw a.raw out.raw",
             &[step("c/-", "c/-", "-/-"), step("-/-", "-/-", "c/-")],
@@ -174,6 +191,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "convert-target",
+        backing: NONE,
         raw: Some(
             Recipe::new(
                 "qemu-img convert -f raw -O raw src.raw a.raw",
@@ -202,6 +220,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "create",
+        backing: NONE,
         raw: Some(
             Recipe::new(
                 "qemu-img create -f raw a.raw 16M",
@@ -228,11 +247,13 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "create-overlay",
+        backing: NONE,
         raw: Some(Recipe::new("qemu-img create -f qcow2 -b a.raw -F raw new.qcow2", &[])),
         qcow2: Some(Recipe::new("qemu-img create -f qcow2 -b a.qcow2 -F qcow2 new.qcow2", &[])),
     },
     Operation {
         name: "dd-source",
+        backing: READ,
         raw: Some(Recipe::new(
             "qemu-img dd -f raw -O raw if=a.raw of=out.raw bs=1M",
             &[step("c/-", "c/-", "-/-"), step("-/-", "-/-", "c/-")],
@@ -241,20 +262,28 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "info",
+        backing: NONE,
         raw: Some(Recipe::new("qemu-img info -f raw a.raw", &[])),
         qcow2: Some(Recipe::new(
             "qemu-img info -f qcow2 a.qcow2",
             &[step("-/wr", "-/wr", "-/-"), step("-/-", "-/-", "-/wr")],
         )),
     },
-    Operation { name: "info-as-raw", raw: None, qcow2: Some(Recipe::new("qemu-img info -f raw a.qcow2", &[])) },
+    Operation {
+        name: "info-as-raw",
+        backing: NONE,
+        raw: None,
+        qcow2: Some(Recipe::new("qemu-img info -f raw a.qcow2", &[])),
+    },
     Operation {
         name: "info-force-share",
+        backing: NONE,
         raw: Some(Recipe::new("qemu-img info -U -f raw a.raw", &[])),
         qcow2: Some(Recipe::new("qemu-img info -U -f qcow2 a.qcow2", &[])),
     },
     Operation {
         name: "io",
+        backing: READ,
         raw: Some(Recipe::new(
             "qemu-io -f raw -c \"read 0 512\" a.raw",
             &[step("cw/-", "cw/-", "-/-"), step("-/-", "-/-", "cw/-")],
@@ -266,6 +295,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "io-as-raw",
+        backing: NONE,
         raw: None,
         qcow2: Some(Recipe::new(
             "qemu-io -f raw -c \"read 0 512\" a.qcow2",
@@ -274,6 +304,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "io-force-share",
+        backing: READ_SHARED,
         raw: Some(Recipe::new(
             "qemu-io -r -U -f raw -c \"read 0 512\" a.raw",
             &[step("c/-", "c/-", "-/-"), step("-/-", "-/-", "c/-")],
@@ -285,6 +316,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "io-read-only",
+        backing: READ,
         raw: Some(Recipe::new(
             "qemu-io -r -f raw -c \"read 0 512\" a.raw",
             &[step("c/-", "c/-", "-/-"), step("-/-", "-/-", "c/-")],
@@ -296,6 +328,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "io-read-only-as-raw",
+        backing: NONE,
         raw: None,
         qcow2: Some(Recipe::new(
             "qemu-io -r -f raw -c \"read 0 512\" a.qcow2",
@@ -304,6 +337,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "io-truncate",
+        backing: READ,
         raw: Some(Recipe::new(
             "qemu-io -f raw -c \"truncate 16M\" a.raw",
             &[step("cw/-", "cw/-", "-/-"), step("r/-", "cwr/-", "-/-"), step("-/-", "-/-", "cwr/-")],
@@ -312,6 +346,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "map",
+        backing: READ,
         raw: Some(Recipe::new("qemu-img map -f raw a.raw", &[step("c/-", "c/-", "c/-")])),
         qcow2: Some(Recipe::new(
             "qemu-img map -f qcow2 a.qcow2",
@@ -320,6 +355,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "measure",
+        backing: READ,
         raw: Some(Recipe::new("qemu-img measure -O qcow2 -f raw a.raw", &[step("c/-", "c/-", "c/-")])),
         qcow2: Some(Recipe::new(
             "qemu-img measure -O qcow2 -f qcow2 a.qcow2",
@@ -328,6 +364,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "nbd",
+        backing: READ,
         raw: Some(Recipe::new(
             "qemu-nbd -t -k {s} -f raw a.raw",
             &[step("cw/-", "cw/-", "-/-"), step("-/r", "cw/r", "cw/r")],
@@ -339,6 +376,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "nbd-read-only",
+        backing: READ,
         raw: Some(Recipe::new(
             "qemu-nbd -t -k {s} -r -f raw a.raw",
             &[step("c/-", "c/-", "-/-"), step("-/r", "c/r", "c/r")],
@@ -350,6 +388,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "rebase-backing",
+        backing: READ,
         raw: Some(Recipe::new("qemu-img rebase -f qcow2 -b a.raw -F raw or.qcow2", &[step("c/-", "c/-", "c/-")])),
         qcow2: Some(Recipe::new(
             "qemu-img rebase -f qcow2 -b a.qcow2 -F qcow2 oq.qcow2",
@@ -358,6 +397,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "rebase-unsafe",
+        backing: NONE,
         raw: None,
         qcow2: Some(Recipe::new(
             "qemu-img rebase -u -f qcow2 -b src.raw -F raw a.qcow2",
@@ -366,6 +406,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "resize",
+        backing: READ,
         raw: Some(Recipe::new(
             "qemu-img resize -f raw a.raw 32M",
             &[step("cwr/-", "cwr/-", "-/-"), step("-/-", "-/-", "cwr/-")],
@@ -377,6 +418,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "snapshot-create",
+        backing: READ,
         raw: None,
         qcow2: Some(Recipe::new(
             "qemu-img snapshot -c s1 a.qcow2",
@@ -385,6 +427,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "snapshot-list",
+        backing: READ,
         raw: None,
         qcow2: Some(Recipe::new(
             "qemu-img snapshot -l a.qcow2",
@@ -393,6 +436,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "snapshot-list-force-share",
+        backing: READ_SHARED,
         raw: None,
         qcow2: Some(Recipe::new(
             "qemu-img snapshot -l -U a.qcow2",
@@ -401,6 +445,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "vm",
+        backing: READ,
         raw: Some(Recipe::new(
             "-drive if=virtio,file=a.raw,format=raw",
             &[
@@ -417,6 +462,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "vm-as-backing",
+        backing: READ,
         raw: Some(Recipe::new(
             "-drive if=virtio,file=or2.qcow2,format=qcow2",
             &[step("c/-", "c/-", "-/-"), step("-/wr", "c/wr", "-/-"), step("-/-", "-/-", "c/wr")],
@@ -428,11 +474,13 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "vm-blockdev",
+        backing: READ,
         raw: Some(Recipe::new("-blockdev file,node-name=f,filename=a.raw", &[])),
         qcow2: None,
     },
     Operation {
         name: "vm-cdrom",
+        backing: READ,
         raw: Some(Recipe::new(
             "-drive if=ide,media=cdrom,file=a.raw,format=raw",
             &[step("c/-", "c/-", "-/-"), step("-/wr", "c/wr", "c/wr")],
@@ -441,6 +489,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "vm-force-share",
+        backing: READ_SHARED,
         raw: None,
         qcow2: Some(Recipe::new(
             "-drive if=virtio,file=a.qcow2,format=qcow2,readonly=on,force-share=on",
@@ -449,16 +498,19 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "vm-incoming",
+        backing: NONE,
         raw: Some(Recipe::new("-incoming defer -drive if=virtio,file=a.raw,format=raw", &[])),
         qcow2: Some(Recipe::new("-incoming defer -drive if=virtio,file=a.qcow2,format=qcow2", &[])),
     },
     Operation {
         name: "vm-locking-off",
+        backing: READ,
         raw: Some(Recipe::new("-drive if=virtio,file=a.raw,format=raw,file.locking=off", &[])),
         qcow2: Some(Recipe::new("-drive if=virtio,file=a.qcow2,format=qcow2,file.locking=off", &[])),
     },
     Operation {
         name: "vm-nvme",
+        backing: READ,
         raw: Some(Recipe::new(
             "-drive if=none,id=d,file=a.raw,format=raw -device nvme,drive=d,serial=x",
             &[
@@ -472,6 +524,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "vm-read-only",
+        backing: READ,
         raw: Some(Recipe::new(
             "-drive if=virtio,file=a.raw,format=raw,readonly=on",
             &[step("c/-", "c/-", "-/-"), step("-/w", "c/w", "-/-"), step("-/-", "-/-", "c/w")],
@@ -483,6 +536,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "vm-share-rw",
+        backing: READ,
         raw: Some(Recipe::new(
             "-drive if=none,id=d,file=a.raw,format=raw -device virtio-blk-pci,drive=d,share-rw=on",
             &[
@@ -499,6 +553,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "vm-snapshot",
+        backing: READ,
         raw: Some(Recipe::new(
             "-snapshot -drive if=virtio,file=a.raw,format=raw",
             &[step("c/-", "c/-", "-/-"), step("-/wr", "c/wr", "-/-"), step("-/-", "-/-", "c/wr")],
@@ -510,6 +565,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "vm-unattached",
+        backing: READ,
         raw: Some(Recipe::new("-drive if=none,id=d,file=a.raw,format=raw", &[step("c/-", "c/-", "c/-")])),
         qcow2: Some(Recipe::new(
             "-drive if=none,id=d,file=a.qcow2,format=qcow2",

@@ -1,0 +1,216 @@
+//! What would be refused now, by whom, and what would be lost?
+//!
+//! Judges a known program against the image and the files below it, as QEMU would open them: step by step on the image,
+//! then each file of the backing chain. Pure. What is not known is never "granted".
+
+use std::path::PathBuf;
+
+use super::snapshot::{ByteState, Holder, Image, Snapshot};
+use crate::protocol::{HeldByOthers, Judgement, LockByte, Operation, Sentence, judge};
+
+/// The answer for one program.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// Every step passes, on the image and on every file below it.
+    Granted,
+    /// A step does not.
+    Refused(Refused),
+    /// It cannot be told, and why.
+    Unknown(String),
+}
+
+/// Where and by whom a program is stopped.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Refused {
+    /// The first byte, in QEMU's order, that somebody else holds.
+    pub byte: LockByte,
+    /// The image, or the file of its backing chain, that the byte is on.
+    pub on_image: PathBuf,
+    /// What QEMU says.
+    pub sentence: Sentence,
+    /// Who holds that byte; empty where nobody can be named.
+    pub holders: Vec<Holder>,
+    /// The image has been truncated by an earlier step, and `qemu-img` then deletes it.
+    pub destroys_image: bool,
+}
+
+/// What a program would be told, and what it would do to the image.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WhatIf {
+    /// Which program.
+    pub operation: &'static Operation,
+    /// Granted, refused or unknown.
+    pub outcome: Outcome,
+    /// It is not refused, and it would overwrite an image that somebody has open.
+    pub overwrites_used_image: bool,
+}
+
+/// Every program that there is for the format of `image`.
+#[must_use]
+pub fn what_if_all(snapshot: &Snapshot, image: &Image) -> Vec<WhatIf> {
+    Operation::ALL.iter().filter_map(|operation| what_if(snapshot, image, operation)).collect()
+}
+
+/// What `operation` would be told now; `None` if there is no such program for the format of `image`.
+#[must_use]
+pub fn what_if(snapshot: &Snapshot, image: &Image, operation: &'static Operation) -> Option<WhatIf> {
+    let recipe = operation.recipe(image.family())?;
+    let in_use = !image.holders.is_empty() || !image.openers.is_empty() || !image.held().is_empty();
+    let outcome = if recipe.steps.is_empty() {
+        below(snapshot, image, operation)
+    } else if let Some(why) = unknown(image) {
+        Outcome::Unknown(why)
+    } else {
+        match judge(recipe, held_by_others(image)) {
+            Judgement::Refused(r) => Outcome::Refused(Refused {
+                byte: r.byte,
+                on_image: image.path.clone(),
+                sentence: r.sentence,
+                holders: holders_of(image, r.byte),
+                destroys_image: r.destroys_image,
+            }),
+            Judgement::Granted => below(snapshot, image, operation),
+        }
+    };
+    let destroys = recipe.destroys_after_step.is_some();
+    let overwrites_used_image = destroys && in_use && outcome == Outcome::Granted;
+    Some(WhatIf { operation, outcome, overwrites_used_image })
+}
+
+/// The files below the image, nearest first; `Err` with the reason where the chain cannot be followed.
+pub fn chain<'a>(snapshot: &'a Snapshot, image: &'a Image) -> Vec<Result<&'a Image, String>> {
+    let mut chain: Vec<Result<&Image, String>> = Vec::new();
+    let mut seen = vec![image.file];
+    let mut top = image;
+    while let Some(name) = &top.backing_file {
+        let shown = crate::text::escape(name);
+        let Some(backing) = &top.backing else {
+            chain.push(Err(format!("{shown} is no path: it is not followed")));
+            break;
+        };
+        let Some(file) = backing.file else {
+            chain.push(Err(format!("{shown} is missing, or no image")));
+            break;
+        };
+        if seen.contains(&file) {
+            chain.push(Err(format!("{shown} is in the chain already: it goes round in a circle")));
+            break;
+        }
+        seen.push(file);
+        let by_path = snapshot.images.iter().find(|i| i.file == file && i.resolved == backing.path);
+        match by_path.or_else(|| snapshot.images.iter().find(|i| i.file == file)) {
+            Some(image) => {
+                chain.push(Ok(image));
+                top = image;
+            }
+            None => {
+                chain.push(Err(format!("{shown} is not among the watched images")));
+                break;
+            }
+        }
+    }
+    chain
+}
+
+fn below(snapshot: &Snapshot, image: &Image, operation: &Operation) -> Outcome {
+    if operation.backing.is_empty() {
+        return Outcome::Granted;
+    }
+    for link in chain(snapshot, image) {
+        let backing = match link {
+            Ok(backing) => backing,
+            Err(why) => return Outcome::Unknown(format!("backing file {why}")),
+        };
+        if let Some(why) = unknown(backing) {
+            return Outcome::Unknown(why);
+        }
+        let others = held_by_others(backing);
+        let blocked = operation.backing.bytes().find(|b| others.write_locked.contains(*b));
+        let sentence = blocked
+            .map(|b| (b, Sentence::lock_failed(b)))
+            .or_else(|| operation.backing.first_conflict(others.locked).map(|b| (b, Sentence::conflict(b))));
+        if let Some((byte, sentence)) = sentence {
+            return Outcome::Refused(Refused {
+                byte,
+                on_image: backing.path.clone(),
+                sentence,
+                holders: holders_of(backing, byte),
+                destroys_image: false,
+            });
+        }
+    }
+    Outcome::Granted
+}
+
+fn unknown(image: &Image) -> Option<String> {
+    let asked = image.bytes.iter().all(|b| b.state != ByteState::Unknown);
+    (!asked).then(|| format!("the locks of {} cannot be told", crate::text::escape_path(&image.path)))
+}
+
+fn held_by_others(image: &Image) -> HeldByOthers {
+    HeldByOthers { locked: image.held(), write_locked: image.write_locked }
+}
+
+fn holders_of(image: &Image, byte: LockByte) -> Vec<Holder> {
+    let on_byte = image.bytes.iter().find(|b| b.byte == byte).map(|b| b.holders.as_slice()).unwrap_or_default();
+    on_byte.iter().filter_map(|i| image.holders.get(*i)).cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linux::identity::FileId;
+    use crate::monitor::examples::{holds, image, process, sample};
+    use crate::monitor::sample::{Answer, Backing, ImageSample};
+
+    fn ask(images: Vec<ImageSample>, operation: &str) -> WhatIf {
+        let snapshot = Snapshot::of(&sample(images, &[process(42, "qemu-system-x86", Some("web01"))]));
+        what_if(&snapshot, &snapshot.images[0], Operation::named(operation).unwrap()).unwrap()
+    }
+
+    fn on(base: FileId) -> ImageSample {
+        let mut top = image("top.qcow2", "-/-");
+        top.header.as_mut().unwrap().backing_file = Some("base.qcow2".to_owned());
+        top.backing = Some(Backing { path: "/images/base.qcow2".into(), file: Some(base) });
+        top.file.inode = 100;
+        top
+    }
+
+    #[test]
+    fn a_running_vm_refuses_a_writer_and_lets_a_force_share_reader_in() {
+        let held = || ImageSample { descriptors: vec![holds(42, "cwr/wr")], ..image("a", "cwr/wr") };
+        let Outcome::Refused(refused) = ask(vec![held()], "check").outcome else { panic!("granted") };
+        assert_eq!((refused.byte.offset(), refused.holders.len()), (101, 1));
+        assert_eq!(refused.sentence.to_string(), "Failed to get shared \"write\" lock");
+        assert_eq!(ask(vec![held()], "check-force-share").outcome, Outcome::Granted);
+    }
+
+    #[test]
+    fn overwriting_what_somebody_reads_is_granted_and_told() {
+        let held = ImageSample { descriptors: vec![holds(42, "c/-")], ..image("a", "c/-") };
+        let answer = ask(vec![held], "create");
+        assert_eq!((answer.outcome, answer.overwrites_used_image), (Outcome::Granted, true));
+        assert!(!ask(vec![image("a", "-/-")], "create").overwrites_used_image);
+    }
+
+    #[test]
+    fn a_refusal_may_come_from_the_backing_file() {
+        let base = image("base.qcow2", "cwr/wr");
+        let answer = ask(vec![on(base.file), base.clone()], "vm");
+        let Outcome::Refused(refused) = answer.outcome else { panic!("{:?}", answer.outcome) };
+        assert_eq!((refused.on_image.to_str(), refused.byte.offset()), (Some("/images/base.qcow2"), 101));
+        assert_eq!(ask(vec![on(base.file), base], "info").outcome, Outcome::Granted, "info opens nothing below");
+    }
+
+    #[test]
+    fn what_cannot_be_seen_is_not_granted() {
+        let base = image("base.qcow2", "-/-");
+        assert!(matches!(ask(vec![on(base.file)], "vm").outcome, Outcome::Unknown(_)));
+        let blind = ImageSample { answer: Answer::CannotOpen(13), ..image("a", "-/-") };
+        assert!(matches!(ask(vec![blind], "vm").outcome, Outcome::Unknown(_)));
+        let mut circle = on(FileId { inode: 100, ..base.file });
+        circle.path = "/images/top.qcow2".into();
+        let Outcome::Unknown(why) = ask(vec![circle], "vm").outcome else { panic!("granted") };
+        assert!(why.contains("circle"), "{why}");
+    }
+}
