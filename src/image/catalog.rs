@@ -119,6 +119,12 @@ impl Catalog {
         self.directories.iter().map(|(path, d)| (path.clone(), d.id)).collect()
     }
 
+    /// Whether a file of this resolved path would be listed.
+    #[must_use]
+    pub fn covers(&self, path: &Path) -> bool {
+        path.parent().is_some_and(|p| self.directories.contains_key(p)) || self.given.iter().any(|g| g == path)
+    }
+
     /// What could not be listed, in words.
     #[must_use]
     pub fn troubles(&self) -> &[String] {

@@ -3,7 +3,9 @@
 //! `/proc/PID/fdinfo/FD` is the kernel's only statement of who owns an open file description lock. A descriptor belongs
 //! to a file if device and inode agree, never because of the text of its link, which may lie across mount namespaces.
 
+use std::ffi::OsStr;
 use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use nix::libc;
@@ -95,11 +97,15 @@ fn fd_directory(roots: &Roots, pid: i32) -> PathBuf {
     roots.proc.join(format!("{pid}/fd"))
 }
 
-/// Each descriptor of `pid` that leads to a file for which `wanted` is true.
+/// Each descriptor of `pid` that leads to a regular file or block device for which `wanted` is true.
 ///
 /// # Errors
 /// When the process ended or may not be read.
-pub fn of_process(roots: &Roots, pid: i32, wanted: &dyn Fn(FileId) -> bool) -> Result<Vec<OpenDescriptor>, NotListed> {
+pub fn of_process(
+    roots: &Roots,
+    pid: i32,
+    wanted: &dyn Fn(&FileStatus) -> bool,
+) -> Result<Vec<OpenDescriptor>, NotListed> {
     let path = fd_directory(roots, pid);
     let fd = rustix::fs::openat(CWD, &path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let mut found = Vec::new();
@@ -109,7 +115,7 @@ pub fn of_process(roots: &Roots, pid: i32, wanted: &dyn Fn(FileId) -> bool) -> R
         let entry = entry?;
         let Some(number) = entry.file_name().to_str().ok().and_then(|n| n.parse().ok()) else { continue };
         match directory.fd().and_then(|d| status_at(d, entry.file_name())) {
-            Ok(status) if is_image_kind(&status) && wanted(status.id) => {
+            Ok(status) if is_image_kind(&status) && wanted(&status) => {
                 found.extend(describe(roots, pid, number, status.id));
             }
             Ok(_) => {}
@@ -123,6 +129,16 @@ pub fn of_process(roots: &Roots, pid: i32, wanted: &dyn Fn(FileId) -> bool) -> R
 
 fn is_image_kind(status: &FileStatus) -> bool {
     matches!(status.kind, FileKind::Regular | FileKind::Block)
+}
+
+/// The path that a descriptor was opened by, as the kernel tells it: for show only. A deleted file's path comes without
+/// the kernel's ` (deleted)`.
+#[must_use]
+pub fn opened_path(roots: &Roots, pid: i32, fd: i32) -> Option<PathBuf> {
+    let link = std::fs::read_link(roots.proc.join(format!("{pid}/fd/{fd}"))).ok()?;
+    let bytes = link.as_os_str().as_bytes();
+    let path = bytes.strip_suffix(b" (deleted)").unwrap_or(bytes);
+    Some(PathBuf::from(OsStr::from_bytes(path)))
 }
 
 /// Looks again at one descriptor: `None` when it is closed or leads to another file now.
@@ -208,7 +224,7 @@ mod tests {
         let id = super::super::identity::status(file.path()).unwrap().id;
         let second = File::open(file.path()).unwrap();
         let pid = i32::try_from(std::process::id()).unwrap();
-        let found = of_process(&roots, pid, &|f| f == id).unwrap();
+        let found = of_process(&roots, pid, &|f| f.id == id).unwrap();
         let mut modes: Vec<OpenMode> = found.iter().map(|d| d.mode).collect();
         modes.sort_by_key(|m| *m == OpenMode::Write);
         assert_eq!(modes, [OpenMode::Read, OpenMode::Write]);

@@ -95,6 +95,8 @@ pub struct FileStatus {
     pub mount: Option<u64>,
     /// The device that a block device node stands for.
     pub rdev: Device,
+    /// Names that lead to it: 0 once it is deleted.
+    pub links: u32,
 }
 
 impl From<Statx> for FileStatus {
@@ -112,12 +114,13 @@ impl From<Statx> for FileStatus {
             modified: (s.stx_mtime.tv_sec, s.stx_mtime.tv_nsec),
             mount: (s.stx_mask & StatxFlags::MNT_ID.bits() != 0).then_some(s.stx_mnt_id),
             rdev: Device { major: s.stx_rdev_major, minor: s.stx_rdev_minor },
+            links: s.stx_nlink,
         }
     }
 }
 
 fn mask() -> StatxFlags {
-    StatxFlags::TYPE | StatxFlags::INO | StatxFlags::SIZE | StatxFlags::MTIME | StatxFlags::MNT_ID
+    StatxFlags::TYPE | StatxFlags::INO | StatxFlags::SIZE | StatxFlags::MTIME | StatxFlags::NLINK | StatxFlags::MNT_ID
 }
 
 /// The file that `path` leads to, links followed.

@@ -125,6 +125,12 @@ impl Mounts {
         }
     }
 
+    /// A file system on this device, such as `/dev/loop3`.
+    #[must_use]
+    pub fn from_source(&self, source: &str) -> Option<&Arc<Mount>> {
+        self.by_id.values().find(|m| m.source == source)
+    }
+
     /// The mount at exactly this directory.
     #[must_use]
     pub fn at(&self, point: &Path) -> Option<&Arc<Mount>> {

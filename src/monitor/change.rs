@@ -84,6 +84,12 @@ pub fn changes(before: &Snapshot, after: &Snapshot) -> Vec<Change> {
             }
         }
     }
+    for finding in before.findings.iter().filter(|f| !after.findings.contains(f)) {
+        all.push(Change::about(ChangeKind::FindingCleared, at, None, finding.text.clone()));
+    }
+    for finding in after.findings.iter().filter(|f| !before.findings.contains(f)) {
+        all.push(Change::about(ChangeKind::Finding, at, None, finding.text.clone()));
+    }
     all
 }
 

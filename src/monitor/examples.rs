@@ -88,5 +88,6 @@ pub(crate) fn sample(images: Vec<ImageSample>, processes: &[ProcessFacts]) -> Sa
         hidden_processes: 0,
         sees_all_processes: true,
         troubles: Vec::new(),
+        deleted: Vec::new(),
     }
 }

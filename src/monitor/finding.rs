@@ -7,12 +7,13 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::sample::{Answer, ImageSample, Sample};
-use super::snapshot::{Image, Opener, Verdict};
+use super::snapshot::{Holder, Image, Opener, Verdict};
 use super::wording::{process_name, range_text};
 use crate::linux::descriptors::OpenMode;
 use crate::linux::lock_table::{LockKind, LockMode};
-use crate::protocol::{Access, PermissionSet};
-use crate::text::{counted, escape};
+use crate::linux::process::ProcessFacts;
+use crate::protocol::{Access, Permission, PermissionSet};
+use crate::text::{counted, escape, escape_path};
 
 /// How much it matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -48,6 +49,9 @@ pub fn findings(image: &Image, raw: &ImageSample, sample: &Sample) -> Vec<Findin
     all.extend(unanswered(raw));
     all.extend(without_holder(image, raw, sample));
     all.extend(image.openers.iter().filter(|o| o.mode == OpenMode::Write).map(|o| unlocked_writer(image, o)));
+    all.extend(shared_writers(image));
+    all.extend(loop_device(image, raw));
+    all.extend(local_locks(image, raw));
     all.extend(foreign_locks(image));
     all.extend(legacy_bytes(image));
     all.sort_by_key(|f| std::cmp::Reverse(f.severity));
@@ -120,6 +124,96 @@ fn unlocked_writer(image: &Image, opener: &Opener) -> Finding {
     finding("unlocked-writer", severity, format!("{who} has it open for writing without a lock: {consequence}"))
 }
 
+/// Two that write and both let others write: nothing but a cluster file system inside keeps the content whole.
+fn shared_writers(image: &Image) -> Option<Finding> {
+    let mut writers: Vec<&ProcessFacts> =
+        image.holders.iter().filter(|h| h.access.permissions.contains(Permission::Write)).map(|h| &h.process).collect();
+    writers.sort_by_key(|p| p.id);
+    writers.dedup_by_key(|p| p.id);
+    (writers.len() > 1).then(|| {
+        let who: Vec<String> = writers.iter().map(|p| process_name(p)).collect();
+        let text =
+            format!("{} all write to it and let each other: safe only with a cluster file system", who.join(", "));
+        finding("shared-writers", Severity::Warning, text)
+    })
+}
+
+fn loop_device(image: &Image, raw: &ImageSample) -> Option<Finding> {
+    let told_already = image.verdict == Verdict::HeldByKernel;
+    (!raw.loop_devices.is_empty() && !told_already).then(|| {
+        let text = format!("loop device {} stands on it: its writes ask no lock", raw.loop_devices.join("; "));
+        finding("loop-device", if image.held().is_empty() { Severity::Note } else { Severity::Danger }, text)
+    })
+}
+
+fn local_locks(image: &Image, raw: &ImageSample) -> Option<Finding> {
+    let mount = raw.mount.as_ref().filter(|m| image.filesystem.remote || m.kind.starts_with("nfs"))?;
+    let keeps = |o: &&String| ["nolock", "local_lock=all", "local_lock=posix"].contains(&o.as_str());
+    mount.options.iter().find(keeps).map(|option| {
+        let text = format!("mounted with {}: locks are kept on this host, other hosts do not see them", escape(option));
+        finding("local-locks", Severity::Warning, text)
+    })
+}
+
+/// What only shows when images are looked at together; added to the findings of each.
+pub fn findings_between(images: &mut [Image]) {
+    let written = |base: &Image, user: &Image| {
+        let writes = |h: &&Holder| h.access.permissions.contains(Permission::Write);
+        let other = |h: &&Holder| user.holders.iter().all(|u| u.process.id != h.process.id);
+        base.holders.iter().filter(writes).find(other).map(|h| process_name(&h.process))
+    };
+    let mut found = Vec::new();
+    for user in images.iter().filter(|i| !i.holders.is_empty()) {
+        let Some(file) = user.backing.as_ref().and_then(|b| b.file) else { continue };
+        for (i, base) in images.iter().enumerate().filter(|(_, b)| b.file == file) {
+            found.extend(written(base, user).map(|who| {
+                let text = format!(
+                    "{who} writes to it while {}, which stands on it, is in use: that overlay is being ruined",
+                    escape_path(&user.path)
+                );
+                (i, finding("base-written", Severity::Danger, text))
+            }));
+        }
+    }
+    for (i, finding) in found {
+        images[i].findings.insert(0, finding);
+    }
+}
+
+/// What concerns none of the listed images alone.
+#[must_use]
+pub fn findings_of_host(images: &[Image], sample: &Sample) -> Vec<Finding> {
+    let mut all = Vec::new();
+    for image in &sample.deleted {
+        let who = sample.processes.get(&image.descriptor.pid).map(process_name).unwrap_or_default();
+        let text = format!(
+            "{} is deleted, but {who} holds it: its space is free only when that ends",
+            escape_path(&image.path)
+        );
+        all.push(finding("deleted-image", Severity::Warning, text));
+    }
+    // With locking off throughout, as Proxmox VE has it, every image would carry the same warning: said once, plainly.
+    let is_qemu = |p: &ProcessFacts| p.vm.is_some() || p.command.starts_with("qemu-system") || p.command == "kvm";
+    let mut unlocked: Vec<_> = images
+        .iter()
+        .flat_map(|i| &i.openers)
+        .filter(|o| o.mode == OpenMode::Write && is_qemu(&o.process))
+        .map(|o| o.process.id)
+        .collect();
+    unlocked.sort_unstable();
+    unlocked.dedup();
+    let locks = images.iter().flat_map(|i| &i.holders).any(|h| is_qemu(&h.process));
+    if unlocked.len() > 1 && !locks {
+        let text = format!(
+            "{} here write to images and none holds a lock: locking is off, as Proxmox VE has it. Who has what open can \
+             still be seen; what would be refused cannot: nothing would",
+            counted(unlocked.len(), "VM", "VMs")
+        );
+        all.push(finding("locking-off", Severity::Warning, text));
+    }
+    all
+}
+
 fn foreign_locks(image: &Image) -> impl Iterator<Item = Finding> {
     image.holders.iter().filter_map(|holder| {
         let who = process_name(&holder.process);
@@ -147,4 +241,82 @@ fn legacy_bytes(image: &Image) -> Option<Finding> {
         let text = "byte 104 or 204 (graph-mod) is held: QEMU 6.2 or older; newer QEMU does not look at it";
         finding("legacy-bytes", Severity::Note, text.to_owned())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linux::mounts::{Mount, Reach};
+    use crate::monitor::examples::{descriptor, holds, image, mount, process, sample};
+    use crate::monitor::sample::{Backing, DeletedImage};
+    use crate::monitor::snapshot::Snapshot;
+    use std::sync::Arc;
+
+    fn codes(images: Vec<ImageSample>) -> Vec<(String, Severity)> {
+        let people = [process(42, "qemu-system-x86", Some("a")), process(43, "qemu-system-x86", Some("b"))];
+        let snapshot = Snapshot::of(&sample(images, &people));
+        let all = snapshot.images.into_iter().flat_map(|i| i.findings).chain(snapshot.findings);
+        all.map(|f| (f.code, f.severity)).collect()
+    }
+
+    fn has(images: Vec<ImageSample>, code: &str, severity: Severity) -> bool {
+        codes(images).contains(&(code.to_owned(), severity))
+    }
+
+    #[test]
+    fn two_writers_that_share_are_told() {
+        let two = ImageSample { descriptors: vec![holds(42, "cw/-"), holds(43, "cw/-")], ..image("a", "cw/-") };
+        assert!(has(vec![two], "shared-writers", Severity::Warning));
+        let one = ImageSample { descriptors: vec![holds(42, "cw/-")], ..image("a", "cw/-") };
+        assert_eq!(codes(vec![one]), []);
+    }
+
+    #[test]
+    fn a_base_that_is_written_under_an_overlay_in_use_is_a_danger() {
+        let base = ImageSample { descriptors: vec![holds(43, "cwr/-")], ..image("base", "cwr/-") };
+        let mut top = ImageSample { descriptors: vec![holds(42, "cwr/wr")], ..image("top", "cwr/wr") };
+        top.backing = Some(Backing { path: base.path.clone(), file: Some(base.file) });
+        top.file.inode = 100;
+        assert!(has(vec![top.clone(), base.clone()], "base-written", Severity::Danger));
+        // A commit job of the same process writes to it rightly.
+        let own = ImageSample { descriptors: vec![holds(42, "cwr/-")], ..base };
+        assert!(!has(vec![top, own], "base-written", Severity::Danger));
+    }
+
+    #[test]
+    fn a_loop_device_is_a_danger_only_on_a_held_image() {
+        let with_loop = |locked, held: Vec<_>| ImageSample {
+            loop_devices: vec!["loop3".to_owned()],
+            descriptors: held,
+            ..image("a", locked)
+        };
+        assert!(has(vec![with_loop("cw/w", vec![holds(42, "cw/w")])], "loop-device", Severity::Danger));
+        assert!(has(vec![with_loop("-/-", vec![])], "loop-device", Severity::Note));
+        assert!(has(vec![with_loop("cw/w", vec![])], "held-by-kernel", Severity::Warning));
+    }
+
+    #[test]
+    fn locks_that_stay_on_this_host_are_told() {
+        let nolock = Arc::new(Mount { options: vec!["nolock".to_owned()], ..(*mount("nfs", Reach::Remote)).clone() });
+        assert!(has(vec![ImageSample { mount: Some(nolock), ..image("a", "-/-") }], "local-locks", Severity::Warning));
+    }
+
+    #[test]
+    fn a_host_without_locking_is_told_once() {
+        let open = |pid| descriptor(pid, 3, OpenMode::Write, Vec::new());
+        let off = |pid| ImageSample { descriptors: vec![open(pid)], ..image("a", "-/-") };
+        assert!(has(vec![off(42), off(43)], "locking-off", Severity::Warning));
+        assert!(!has(vec![off(42)], "locking-off", Severity::Warning));
+        let locked = ImageSample { descriptors: vec![holds(43, "cw/w")], ..image("b", "cw/w") };
+        assert!(!has(vec![off(42), off(43), locked], "locking-off", Severity::Warning));
+    }
+
+    #[test]
+    fn a_deleted_image_that_is_held_is_told() {
+        let mut sample = sample(Vec::new(), &[process(42, "qemu-system-x86", Some("a"))]);
+        sample.deleted.push(DeletedImage { path: "/images/old.raw".into(), descriptor: holds(42, "cw/w") });
+        let findings = Snapshot::of(&sample).findings;
+        assert_eq!(findings[0].code, "deleted-image");
+        assert!(findings[0].text.starts_with("/images/old.raw is deleted, but a (qemu-system-x86 42)"));
+    }
 }

@@ -12,16 +12,17 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use nix::errno::Errno;
 
-use super::sample::{Answer, Backing, ImageSample, Sample};
+use super::sample::{Answer, Backing, DeletedImage, ImageSample, Sample};
 use super::search::{Depth, Search};
 use crate::image::catalog::{Catalog, Entry};
 use crate::image::header::{self, Header};
 use crate::image::watch::ImageWatch;
 use crate::linux::identity::{FileId, FileKind, FileStatus, status};
 use crate::linux::lock_table::{self, LockKind, LockRecord};
+use crate::linux::loop_devices::{self, LoopDevice};
 use crate::linux::mounts::Mounts;
 use crate::linux::probe::{self, Asker, OpenError};
-use crate::linux::{ReadError, Roots, loop_devices, process};
+use crate::linux::{ReadError, Roots, process};
 use crate::protocol::LockByte;
 
 /// How much one look covers.
@@ -386,12 +387,27 @@ impl Looker {
             }
             image.descriptors.retain(|d| processes.contains_key(&d.pid));
             let held = matches!(&image.answer, Answer::Bytes(found) if !found.locked.is_empty());
-            if held && image.descriptors.iter().all(|d| d.locks.is_empty()) {
+            if held || !image.descriptors.is_empty() {
                 let devices = loops.get_or_insert_with(|| loop_devices::read(&self.roots));
                 let on_it = devices.iter().filter(|d| d.backing == Some(image.file));
-                image.loop_devices = on_it.map(|d| d.name.clone()).collect();
+                let mounted = |name: &str| {
+                    let device = format!("/dev/{name}");
+                    self.mounts.as_ref().and_then(|m| m.from_source(&device)).map(|m| m.point.clone())
+                };
+                let words = |d: &LoopDevice| match mounted(&d.name) {
+                    Some(point) => format!("{}, mounted on {}", d.name, crate::text::escape_path(&point)),
+                    None => d.name.clone(),
+                };
+                image.loop_devices = on_it.map(words).collect();
             }
         }
+        let mut deleted: Vec<DeletedImage> = self.search.deleted().to_vec();
+        deleted.retain(|d| self.catalog.covers(&d.path));
+        for image in &deleted {
+            let pid = image.descriptor.pid;
+            processes.extend(self.search.facts(pid).map(|f| (pid, f.clone())));
+        }
+        deleted.retain(|d| processes.contains_key(&d.descriptor.pid));
         let proc_options = self.mounts.as_ref().and_then(|m| m.at(&self.roots.proc)).map(|m| m.options.clone());
         let mut troubles = self.catalog.troubles().to_vec();
         troubles.extend(self.troubles.iter().cloned());
@@ -403,6 +419,7 @@ impl Looker {
             hidden_processes: self.search.hidden(),
             sees_all_processes: process::sees_all(&self.roots, &proc_options.unwrap_or_default()),
             troubles,
+            deleted,
         }
     }
 }

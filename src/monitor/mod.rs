@@ -4,6 +4,7 @@
 //! [`change`] compares two moments, and [`sampler`] does it over and over on a thread of its own. Everything but `look`,
 //! `search` and `sampler` is pure.
 
+pub mod advice;
 pub mod change;
 #[cfg(test)]
 pub(crate) mod examples;

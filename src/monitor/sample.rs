@@ -35,6 +35,17 @@ pub struct Sample {
     pub sees_all_processes: bool,
     /// What could not be listed or read, in words.
     pub troubles: Vec<String>,
+    /// Images that are gone from the watched directories, with locks on them still.
+    pub deleted: Vec<DeletedImage>,
+}
+
+/// A file without a name that somebody holds locks on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeletedImage {
+    /// The path that it had.
+    pub path: PathBuf,
+    /// Who holds it.
+    pub descriptor: OpenDescriptor,
 }
 
 /// What GETLK said of the ten bytes.

@@ -8,8 +8,9 @@ use std::collections::{HashMap, HashSet};
 use std::num::NonZeroUsize;
 use std::path::Path;
 
+use super::sample::DeletedImage;
 use crate::linux::descriptors::{self, NotListed, OpenDescriptor, ProcessEntry};
-use crate::linux::identity::FileId;
+use crate::linux::identity::{FileId, FileKind, FileStatus};
 use crate::linux::process::{self, ProcessFacts, Users};
 use crate::linux::{ReadError, Roots};
 
@@ -31,6 +32,8 @@ pub(super) struct Search {
     seen: HashMap<i32, Seen>,
     known: HashMap<FileId, Vec<OpenDescriptor>>,
     facts: HashMap<i32, ProcessFacts>,
+    /// Locked files without a name, and the path each had.
+    deleted: Vec<DeletedImage>,
 }
 
 struct Seen {
@@ -46,7 +49,7 @@ const WORTH_THREADS: usize = 64;
 impl Search {
     pub(super) fn new(roots: Roots) -> Self {
         let users = Users::read(Path::new("/etc/passwd"));
-        Self { roots, users, seen: HashMap::new(), known: HashMap::new(), facts: HashMap::new() }
+        Self { roots, users, seen: HashMap::new(), known: HashMap::new(), facts: HashMap::new(), deleted: Vec::new() }
     }
 
     /// The descriptors known to lead to `file`.
@@ -65,6 +68,11 @@ impl Search {
             self.facts.insert(pid, process::facts(&self.roots, &self.users, pid)?);
         }
         self.facts.get(&pid)
+    }
+
+    /// Files that were deleted while somebody holds locks on them; the caller knows which of them were images.
+    pub(super) fn deleted(&self) -> &[DeletedImage] {
+        &self.deleted
     }
 
     /// Forgets files that are no longer watched.
@@ -87,6 +95,11 @@ impl Search {
                 self.facts.remove(&pid);
             }
         }
+        self.deleted.retain_mut(|d| {
+            let old = &d.descriptor;
+            let now = descriptors::again(&self.roots, old.pid, old.fd, old.file).filter(|d| !d.locks.is_empty());
+            now.map(|now| d.descriptor = now).is_some()
+        });
         for file in files {
             if let Some(known) = self.known.get_mut(file) {
                 let again = |d: &OpenDescriptor| descriptors::again(&self.roots, d.pid, d.fd, *file);
@@ -99,6 +112,7 @@ impl Search {
         self.seen.remove(&pid);
         self.facts.remove(&pid);
         self.known.values_mut().for_each(|v| v.retain(|d| d.pid != pid));
+        self.deleted.retain(|d| d.descriptor.pid != pid);
     }
 
     /// Walks the descriptors of processes for any of `wanted`.
@@ -112,11 +126,19 @@ impl Search {
         let walked: HashSet<i32> = to_walk.iter().map(|e| e.pid).collect();
         let results = walk(&self.roots, &to_walk, wanted);
         self.known.values_mut().for_each(|v| v.retain(|d| !walked.contains(&d.pid)));
+        self.deleted.retain(|d| !walked.contains(&d.descriptor.pid));
         for (entry, descriptors, result) in results {
             let was_hidden = self.seen.get(&entry.pid).map(|s| s.hidden);
             let hidden = match result {
                 Ok(found) => {
-                    found.into_iter().for_each(|d| self.known.entry(d.file).or_default().push(d));
+                    for descriptor in found {
+                        if wanted.contains(&descriptor.file) {
+                            self.known.entry(descriptor.file).or_default().push(descriptor);
+                        } else if !descriptor.locks.is_empty() {
+                            let path = descriptors::opened_path(&self.roots, descriptor.pid, descriptor.fd);
+                            self.deleted.extend(path.map(|path| DeletedImage { path, descriptor }));
+                        }
+                    }
                     false
                 }
                 Err(NotListed::Gone) => {
@@ -149,10 +171,12 @@ impl Search {
 type Walked = (ProcessEntry, u64, Result<Vec<OpenDescriptor>, NotListed>);
 
 fn walk(roots: &Roots, entries: &[ProcessEntry], wanted: &HashSet<FileId>) -> Vec<Walked> {
+    // A deleted file may have been one of ours.
+    let is_wanted = |s: &FileStatus| wanted.contains(&s.id) || (s.links == 0 && s.kind == FileKind::Regular);
     let one = |entry: &ProcessEntry| {
         // Counted first: what is opened during the walk then shows as a change.
         let count = descriptors::count(roots, entry.pid).unwrap_or_default();
-        (*entry, count, descriptors::of_process(roots, entry.pid, &|file| wanted.contains(&file)))
+        (*entry, count, descriptors::of_process(roots, entry.pid, &is_wanted))
     };
     let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     if entries.len() < WORTH_THREADS || threads == 1 {

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::finding::{Finding, findings};
+use super::finding::{Finding, findings, findings_between, findings_of_host};
 use super::sample::{Answer, Backing, ImageSample, Sample};
 use crate::image::header::Format;
 use crate::linux::descriptors::{OpenDescriptor, OpenMode};
@@ -33,6 +33,8 @@ pub struct Snapshot {
     pub troubles: Vec<String>,
     /// Each watched image, by path.
     pub images: Vec<Image>,
+    /// What an admin should know that is about none of them alone.
+    pub findings: Vec<Finding>,
 }
 
 /// What is known about an image's locks.
@@ -213,7 +215,9 @@ impl Snapshot {
     /// Makes sense of a sample.
     #[must_use]
     pub fn of(sample: &Sample) -> Self {
-        let images: Vec<Image> = sample.images.iter().map(|i| understand(i, sample)).collect();
+        let mut images: Vec<Image> = sample.images.iter().map(|i| understand(i, sample)).collect();
+        findings_between(&mut images);
+        let findings = findings_of_host(&images, sample);
         let answered = |i: &ImageSample| matches!(i.answer, Answer::Bytes(_));
         Self {
             taken_at: sample.taken_at,
@@ -225,6 +229,7 @@ impl Snapshot {
             hidden_processes: sample.hidden_processes,
             troubles: sample.troubles.clone(),
             images,
+            findings,
         }
     }
 
@@ -234,6 +239,7 @@ impl Snapshot {
         self.complete == other.complete
             && self.hidden_processes == other.hidden_processes
             && self.troubles == other.troubles
+            && self.findings == other.findings
             && self.images == other.images
     }
 }

@@ -102,6 +102,7 @@ fn write_notes(out: &mut impl Write, snapshot: &Snapshot, names: &[String], layo
             notes.push(format!("{severity}: {name}: {}", layout.plain(&finding.text)));
         }
     }
+    notes.extend(snapshot.findings.iter().map(|f| format!("warning: {}", layout.plain(&f.text))));
     notes.extend(snapshot.troubles.iter().map(|t| format!("warning: {}", layout.plain(&escape(t)))));
     if snapshot.hidden_processes > 0 {
         let processes = counted(snapshot.hidden_processes, "process", "processes");

@@ -1,0 +1,122 @@
+//! Which command shows more about a holder, and which one ends it in the way that its manager expects?
+//!
+//! Only words: nothing here is ever run. Pure.
+
+use super::snapshot::Image;
+use crate::linux::process::ProcessFacts;
+use crate::text::escape;
+
+/// Commands for one process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Advice {
+    /// Shows more about it and changes nothing.
+    pub inspect: String,
+    /// Ends it, by way of whoever manages it.
+    pub release: String,
+}
+
+/// What to type about `process`.
+#[must_use]
+pub fn advice(process: &ProcessFacts) -> Advice {
+    let pid = process.id.pid;
+    let unit = process.unit.as_deref().unwrap_or_default();
+    let in_shell = |text: &str| quote(text);
+    if let (Some(vm), true) = (&process.vm, unit.starts_with("machine-qemu")) {
+        let vm = in_shell(vm);
+        return Advice { inspect: format!("virsh dominfo {vm}"), release: format!("virsh shutdown {vm}") };
+    }
+    // Proxmox VE runs each VM in a scope named by its number.
+    if let Some(number) = unit.strip_suffix(".scope").filter(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+    {
+        return Advice { inspect: format!("qm status {number}"), release: format!("qm shutdown {number}") };
+    }
+    if let Some((_, pod)) = process.container.as_deref().and_then(|c| c.split_once(" pod ")) {
+        let find =
+            format!("kubectl get pod -A -o wide --field-selector status.phase=Running -o json | grep -B20 {pod}");
+        return Advice {
+            inspect: find,
+            release: format!("# stop the VM of pod {pod} by its manager: virtctl stop NAME"),
+        };
+    }
+    if unit.ends_with(".service") && !unit.starts_with("user@") {
+        let unit = in_shell(unit);
+        return Advice { inspect: format!("systemctl status {unit}"), release: format!("systemctl stop {unit}") };
+    }
+    // A pid may be used again before the command is typed: the start time says whether it is the same process.
+    let start = process.id.start_time;
+    Advice {
+        inspect: format!("ps -fp {pid}"),
+        release: format!("[ \"$(sed 's/.*) //' /proc/{pid}/stat | cut -d' ' -f20)\" = {start} ] && kill {pid}"),
+    }
+}
+
+/// What to type about an image that is held, but not by anybody here.
+#[must_use]
+pub fn advice_for_image(image: &Image) -> Option<Advice> {
+    let path = quote(&image.path.to_string_lossy());
+    image
+        .holders
+        .first()
+        .map(|h| advice(&h.process))
+        .or_else(|| image.openers.first().map(|o| advice(&o.process)))
+        .or_else(|| {
+            (!image.held().is_empty()).then(|| Advice {
+                inspect: format!("losetup -j {path}; findmnt -T {path}"),
+                release: "# the holder is not on this host, or cannot be seen by this user".to_owned(),
+            })
+        })
+}
+
+/// `text` as one word of a shell, without anything that acts on a terminal.
+#[must_use]
+pub fn quote(text: &str) -> String {
+    let text = escape(text);
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:@%+=,".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        text.into_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::monitor::examples::process;
+
+    fn release(vm: Option<&str>, unit: Option<&str>, container: Option<&str>) -> String {
+        let facts = ProcessFacts {
+            unit: unit.map(str::to_owned),
+            container: container.map(str::to_owned),
+            ..process(42, "qemu-system-x86", vm)
+        };
+        advice(&facts).release
+    }
+
+    #[test]
+    fn each_manager_is_asked_in_its_own_words() {
+        assert_eq!(release(Some("web01"), Some(r"machine-qemu\x2d1\x2dweb01.scope"), None), "virsh shutdown web01");
+        assert_eq!(release(Some("db"), Some("101.scope"), None), "qm shutdown 101");
+        assert_eq!(release(None, Some("backup.service"), None), "systemctl stop backup.service");
+        assert!(release(Some("x"), None, Some("0123 pod 1-2")).contains("virtctl stop"));
+        assert!(release(None, Some("session-4.scope"), None).ends_with("= 1042 ] && kill 42"));
+    }
+
+    #[test]
+    fn names_are_one_word_for_the_shell() {
+        assert_eq!(quote("web01"), "web01");
+        assert_eq!(quote("a b"), "'a b'");
+        assert_eq!(quote("it's; rm -rf /"), r"'it'\''s; rm -rf /'");
+        assert_eq!(quote("a\nb"), r"'a\nb'");
+        assert_eq!(quote(""), "''");
+    }
+
+    #[test]
+    fn the_check_before_the_kill_reads_our_own_start_time() {
+        let pid = std::process::id();
+        let script = format!("sed 's/.*) //' /proc/{pid}/stat | cut -d' ' -f20");
+        let output = std::process::Command::new("sh").arg("-c").arg(script).output().unwrap();
+        let brief = crate::linux::process::brief(&crate::linux::Roots::host(), i32::try_from(pid).unwrap()).unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), brief.id.start_time.to_string());
+    }
+}
