@@ -44,7 +44,9 @@ fn the_first_screen_shows_the_images_and_q_quits() {
     let images = three_images();
     let mut pty = dashboard(&images, 80, 24);
     let screen = pty.wait_for("3 images");
-    for text in ["qlock-top", "IMAGE", "a.raw", "b.raw", "c.raw", "0 in use", "q quit", "no byte is locked"] {
+    for text in
+        ["qlock-top", "IMAGE", "a.raw", "b.raw", "c.raw", "0 in use", "? help", "1 Bytes", "204 denies graph-mod"]
+    {
         assert!(screen.contains(text), "{text} is missing:\n{screen}");
     }
     assert!(pty.with_screen(|s| s.alternate_screen() && s.hide_cursor()));

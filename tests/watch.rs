@@ -4,12 +4,14 @@
 mod support;
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::mpsc::{Receiver, channel};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use qlock::hold::HeldAccess;
 use serde_json::Value;
 use support::{DEADLINE, Images, Running, access_of, have, holding, qemu_io, qlock_top, wait_for};
 
@@ -118,7 +120,7 @@ fn a_directory_that_is_removed_and_made_again_is_watched_again() {
     let dir = outer.path("images");
     std::fs::create_dir(&dir).unwrap();
     std::fs::write(dir.join("a.raw"), "x").unwrap();
-    let watch = Watch::start(&dir, "100ms");
+    let watch = Watch::start(&dir, NEVER);
     std::fs::remove_dir_all(&dir).unwrap();
     watch.event("the image going", |e| e["kind"] == "image-removed");
     std::fs::create_dir(&dir).unwrap();
@@ -147,6 +149,101 @@ fn a_single_image_and_a_link_to_one_are_watched() {
 }
 
 #[test]
+fn a_single_image_is_followed_through_replacement_and_removal() {
+    if !have(&["qemu-io"]) {
+        return;
+    }
+    let images = Images::new();
+    let path = images.raw("a.raw");
+    let watch = Watch::start(&path, NEVER);
+    std::fs::rename(images.raw("b.raw"), &path).unwrap();
+    watch.event("the new file", |e| e["kind"] == "image-added");
+    let holder = holding(&mut qemu_io(&["-f", "raw"], &path), &path, "cw/-");
+    watch.event("the lock on the new file", |e| e["kind"] == "acquired" && e["pid"] == holder.pid());
+    holder.end();
+    std::fs::remove_file(&path).unwrap();
+    watch.event("the removal", |e| e["kind"] == "image-removed");
+    watch.event("that it may hide something", |e| e["kind"] == "gap");
+    images.raw("a.raw");
+    watch.event("the file made again", |e| e["kind"] == "image-added");
+    let holder = holding(&mut qemu_io(&["-f", "raw"], &path), &path, "cw/-");
+    watch.event("its lock", |e| e["kind"] == "acquired" && e["pid"] == holder.pid());
+}
+
+#[test]
+fn a_link_that_comes_to_lead_elsewhere_is_followed() {
+    let (images, elsewhere) = (Images::new(), Images::new());
+    elsewhere.raw("v1.raw");
+    let second = elsewhere.raw("v2.raw");
+    std::os::unix::fs::symlink(elsewhere.path("v1.raw"), elsewhere.path("current")).unwrap();
+    std::os::unix::fs::symlink(elsewhere.path("current"), images.path("vm.raw")).unwrap();
+    let watch = Watch::start(images.dir(), NEVER);
+    std::os::unix::fs::symlink(&second, elsewhere.path("next")).unwrap();
+    std::fs::rename(elsewhere.path("next"), elsewhere.path("current")).unwrap();
+    watch.event("the other file", |e| e["kind"] == "image-added");
+    let _held = HeldAccess::acquire(&second, "cw/w".parse().unwrap()).unwrap();
+    let event = watch.event("its lock", |e| e["kind"] == "acquired");
+    assert_eq!(event["image"], images.path("vm.raw").to_str().unwrap());
+}
+
+#[test]
+fn a_lock_long_after_the_open_is_told_without_waiting_for_a_tick() {
+    let images = Images::new();
+    let path = images.raw("a.raw");
+    let mut held = HeldAccess::acquire(&path, "-/-".parse().unwrap()).unwrap();
+    let watch = Watch::start(images.dir(), NEVER);
+    for access in ["cw/w", "c/w", "-/-"] {
+        held.change(access.parse().unwrap()).unwrap();
+        let kind = if access == "cw/w" { "acquired" } else { "released" };
+        watch.event(access, |e| e["kind"] == kind && e["pid"] == std::process::id());
+    }
+}
+
+#[test]
+fn a_process_that_is_killed_leaves_no_false_owner_behind() {
+    if !have(&["python3"]) {
+        return;
+    }
+    let images = Images::new();
+    let paths: Vec<_> = (0..60).map(|i| images.raw(&format!("{i:02}.raw"))).collect();
+    let script = "import fcntl,os,struct,sys\nfor p in sys.argv[1:]:\n  fd=os.open(p,os.O_RDWR)\n  \
+                  fcntl.fcntl(fd,37,struct.pack('hhqqi',fcntl.F_RDLCK,0,100,2,0))\nsys.stdin.read()";
+    let arguments: Vec<&Path> = paths.iter().map(|p| p.as_path()).collect();
+    let holder = holding(&mut support::python(script, &arguments), &paths[59], "cw/-");
+    let watch = Watch::start(images.dir(), NEVER);
+    let pid = holder.pid();
+    holder.end();
+    let mut released = 0;
+    while released < 60 {
+        let line = watch.next();
+        assert_ne!(line["kind"], "acquired", "{line}");
+        assert!(line["pid"].is_null() || line["pid"] == pid, "{line}");
+        released += usize::from(line["kind"] == "released");
+    }
+}
+
+#[test]
+fn what_a_slow_reader_missed_is_told_as_a_gap() {
+    let images = Images::new();
+    let paths: Vec<_> = (0..300).map(|i| images.raw(&format!("{i:03}.raw"))).collect();
+    let mut command = qlock_top();
+    command.args(["watch", "--format", "ndjson"]).arg(images.dir()).stdout(Stdio::piped());
+    let mut slow = Running::spawn(&mut command);
+    let witness = Watch::start(images.dir(), NEVER);
+    // Each round is more than a pipe holds, and a second watcher says when it has been seen.
+    for _ in 0..4 {
+        let held: Vec<_> = paths.iter().map(|p| HeldAccess::acquire(p, "cw/w".parse().unwrap()).unwrap()).collect();
+        let last = paths[299].to_str().unwrap();
+        witness.event("the last lock", |e| e["kind"] == "acquired" && e["image"] == last);
+        drop(held);
+        witness.event("the last release", |e| e["kind"] == "released" && e["image"] == last);
+    }
+    let out = BufReader::new(slow.0.stdout.take().unwrap());
+    let merged = out.lines().any(|l| l.unwrap().contains("\"kind\":\"gap\""));
+    assert!(merged);
+}
+
+#[test]
 fn an_opener_without_a_lock_becomes_a_finding() {
     let images = Images::new();
     let path = images.raw("a.raw");
@@ -165,7 +262,7 @@ fn a_signal_ends_it_and_shows_in_the_status() {
         let mut watch = Watch::start(images.dir(), NEVER);
         kill(Pid::from_raw(watch.running.pid()), signal).unwrap();
         let status = wait_for("the end", || watch.running.0.try_wait().unwrap());
-        assert_eq!(status.code(), Some(128 + signal as i32));
+        assert_eq!(status.signal(), Some(signal as i32));
     }
 }
 

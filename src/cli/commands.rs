@@ -34,11 +34,18 @@ pub(super) fn list(paths: Paths, format: ListFormat, common: &Common) -> Result<
         ListFormat::Json => json::write_snapshot(&mut out, &snapshot),
     };
     unless_closed(written.and_then(|()| out.flush()))?;
+    if let ListFormat::Json = format {
+        // The table says it below the images; JSON has no place for it.
+        for trouble in &snapshot.troubles {
+            let _ = writeln!(io::stderr(), "qlock-top: {}", crate::text::escape(trouble));
+        }
+    }
     Ok(Exit::of(&snapshot))
 }
 
 pub(super) fn watch(watched: Watched, format: WatchFormat, common: &Common) -> Result<Exit, Failure> {
-    let mut signals = Signals::take_over(&ENDING)?;
+    // Signals keep their ordinary effect here: there is nothing to put back, and a reader that stalls must not make the
+    // program deaf.
     let mut sampler = Sampler::start(&options(watched, common)?)?;
     let stdout = io::stdout();
     let format = match format {
@@ -47,23 +54,17 @@ pub(super) fn watch(watched: Watched, format: WatchFormat, common: &Common) -> R
     };
     let mut stream = Stream::new(io::BufWriter::new(stdout.lock()), format);
     loop {
-        let (signalled, closed) = {
+        let closed = {
             // Asked for nothing, a pipe still says when its reader has gone.
-            let mut fds = [
-                PollFd::new(sampler.bell(), PollFlags::POLLIN),
-                PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-                PollFd::new(stdout.as_fd(), PollFlags::empty()),
-            ];
+            let mut fds =
+                [PollFd::new(sampler.bell(), PollFlags::POLLIN), PollFd::new(stdout.as_fd(), PollFlags::empty())];
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(e) => return Err(Failure::error(e)),
             }
             let gone = PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL;
-            (fds[1].any().unwrap_or_default(), fds[2].revents().is_some_and(|r| r.intersects(gone)))
+            fds[1].revents().is_some_and(|r| r.intersects(gone))
         };
-        if signalled && let Some(signal) = signals.next() {
-            return Ok(Exit::Signal(signal as i32));
-        }
         if closed {
             return Ok(Exit::Fine);
         }

@@ -95,6 +95,9 @@ struct Common {
     /// Print nothing but ASCII characters.
     #[arg(long, global = true)]
     ascii: bool,
+    /// Listen to the mouse in the dashboard from the start; m switches it.
+    #[arg(long, global = true)]
+    mouse: bool,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -210,7 +213,11 @@ fn is_utf8_locale() -> bool {
 fn layout(common: &Common) -> Layout {
     let terminal = io::stdout().is_terminal();
     Layout {
-        columns: terminal.then(|| crossterm::terminal::size().ok()).flatten().map(|(columns, _)| columns.into()),
+        // A serial line that does not know its width has 0 columns: nothing is cut then.
+        columns: rustix::termios::tcgetwinsize(io::stdout())
+            .ok()
+            .map(|s| s.ws_col.into())
+            .filter(|c| terminal && *c > 0),
         ascii: common.ascii || (terminal && !is_utf8_locale()),
     }
 }
@@ -224,6 +231,7 @@ fn dashboard(options: &Options, common: &Common, signals: Signals) -> Result<Exi
             Color::Auto => !no_color,
         },
         ascii: common.ascii || !is_utf8_locale(),
+        mouse: common.mouse,
     };
     match tui::run(options, look, signals) {
         Ok(tui::End::Quit) => Ok(Exit::Fine),

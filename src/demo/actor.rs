@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::SigSet;
 
 use crate::hold::HeldAccess;
 use crate::protocol::Access;
@@ -41,6 +42,8 @@ pub enum ActorError {
 /// # Errors
 /// [`ActorError`], when the script is wrong or a lock that is to be held all the time is refused.
 pub fn act(args: &ActorArgs) -> Result<(), ActorError> {
+    // The demo takes signals as events; its children are to end at the first one.
+    SigSet::all().thread_unblock().map_err(io::Error::from)?;
     name_yourself()?;
     let script: Vec<&str> = args.script.iter().map(String::as_str).collect();
     match script.as_slice() {

@@ -48,6 +48,10 @@ struct Directory {
     modified: (i64, u32),
     listed_at: SystemTime,
     images: Vec<Entry>,
+    /// Names of symbolic links, broken ones too: what they lead to may change without a change here.
+    links: Vec<PathBuf>,
+    /// What the links lead to now.
+    linked: Vec<Entry>,
     below: Vec<PathBuf>,
 }
 
@@ -94,7 +98,8 @@ impl Catalog {
     /// Each watched file, in the order of the paths as shown.
     #[must_use]
     pub fn images(&self) -> Vec<&Entry> {
-        let mut all: Vec<&Entry> = self.files.iter().chain(self.directories.values().flat_map(|d| &d.images)).collect();
+        let mut all: Vec<&Entry> =
+            self.files.iter().chain(self.directories.values().flat_map(|d| d.images.iter().chain(&d.linked))).collect();
         all.sort_by(|a, b| a.path.cmp(&b.path));
         all.dedup_by(|a, b| a.path == b.path);
         all
@@ -113,10 +118,12 @@ impl Catalog {
         points
     }
 
-    /// The identity of each listed directory: a directory that was removed and made again needs a new inotify watch.
+    /// The identity behind each of the [`watch_points`](Self::watch_points): what was removed and made again needs a new
+    /// inotify watch.
     #[must_use]
-    pub fn directory_ids(&self) -> BTreeMap<PathBuf, FileId> {
-        self.directories.iter().map(|(path, d)| (path.clone(), d.id)).collect()
+    pub fn watch_ids(&self) -> BTreeMap<PathBuf, FileId> {
+        let files = self.images().into_iter().map(|e| (e.resolved.clone(), e.status.id));
+        files.chain(self.directories.iter().map(|(path, d)| (path.clone(), d.id))).collect()
     }
 
     /// Whether a file of this resolved path would be listed.
@@ -156,10 +163,7 @@ impl Catalog {
                 Err(e) => self.troubles.push(format!("{}: {}", escape_path(&path), io::Error::from(e))),
             }
         }
-        let same_files = |a: &Entry, b: &Entry| a.path == b.path && a.status.id == b.status.id;
-        changed |= !old.is_empty()
-            || files.len() != self.files.len()
-            || !files.iter().zip(&self.files).all(|(a, b)| same_files(a, b));
+        changed |= !old.is_empty() || !same_files(&files, &self.files);
         changed || troubles != self.troubles
     }
 
@@ -185,13 +189,16 @@ impl Catalog {
                 }
             };
             let known = old.remove(&resolved).filter(|d| d.is_current(&now));
-            let directory = match known {
+            let mut directory = match known {
                 Some(known) => known,
                 None => {
                     *changed = true;
                     self.list(&shown, &resolved, &now)
                 }
             };
+            let linked = directory.follow_links(&resolved);
+            *changed |= !same_files(&linked, &directory.linked);
+            directory.linked = linked;
             if self.recursive {
                 to_do.extend(directory.below.iter().map(|name| (directory.shown.join(name), resolved.join(name))));
             }
@@ -206,6 +213,8 @@ impl Catalog {
             modified: now.modified,
             listed_at: SystemTime::now(),
             images: Vec::new(),
+            links: Vec::new(),
+            linked: Vec::new(),
             below: Vec::new(),
         };
         let entries = match std::fs::read_dir(resolved) {
@@ -226,19 +235,20 @@ impl Catalog {
                     break;
                 }
             };
-            let (name, is_link) = (entry.file_name(), entry.file_type().is_ok_and(|t| t.is_symlink()));
+            let name = PathBuf::from(entry.file_name());
+            if entry.file_type().is_ok_and(|t| t.is_symlink()) {
+                directory.links.push(name);
+                continue;
+            }
             let target = resolved.join(&name);
-            // A name that has gone again, or a link that leads nowhere, is no image.
+            // A name that has gone again is no image.
             let Ok(found) = status(&target) else { continue };
             match found.kind {
                 FileKind::Regular | FileKind::Block => {
-                    let target = if is_link { target.canonicalize() } else { Ok(target) };
-                    let Ok(target) = target else { continue };
                     directory.images.push(Entry { path: shown.join(&name), resolved: target, status: found });
                 }
-                // Linked directories are not followed: they may lead round in a circle, or out.
-                FileKind::Directory if !is_link => directory.below.push(name.into()),
-                FileKind::Directory | FileKind::Special => {}
+                FileKind::Directory => directory.below.push(name),
+                FileKind::Special => {}
             }
         }
         directory.below.sort();
@@ -246,7 +256,23 @@ impl Catalog {
     }
 }
 
+fn same_files(a: &[Entry], b: &[Entry]) -> bool {
+    let same = |a: &Entry, b: &Entry| a.path == b.path && a.resolved == b.resolved && a.status.id == b.status.id;
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b))
+}
+
 impl Directory {
+    /// The images that links lead to. Linked directories are not followed: they may lead round in a circle, or out.
+    fn follow_links(&self, resolved: &Path) -> Vec<Entry> {
+        let follow = |name: &PathBuf| {
+            let target = resolved.join(name).canonicalize().ok()?;
+            let found = status(&target).ok()?;
+            let is_image = matches!(found.kind, FileKind::Regular | FileKind::Block);
+            is_image.then(|| Entry { path: self.shown.join(name), resolved: target, status: found })
+        };
+        self.links.iter().filter_map(follow).collect()
+    }
+
     fn is_current(&self, now: &FileStatus) -> bool {
         let changed_at = u64::try_from(now.modified.0)
             .map_or(SystemTime::UNIX_EPOCH, |s| SystemTime::UNIX_EPOCH + Duration::new(s, now.modified.1));
@@ -286,13 +312,13 @@ mod tests {
         assert!(catalog.refresh());
         assert!(names(&catalog, &root).is_empty());
         assert_eq!(catalog.troubles().len(), 1);
-        let gone = catalog.directory_ids();
+        let gone = catalog.watch_ids();
         fs::create_dir(&root).unwrap();
         fs::write(root.join("c.raw"), "c").unwrap();
         assert!(catalog.refresh());
         assert_eq!(names(&catalog, &root), ["c.raw"]);
         assert!(catalog.troubles().is_empty());
-        assert_ne!(catalog.directory_ids(), gone);
+        assert_ne!(catalog.watch_ids(), gone);
     }
 
     #[test]
@@ -314,6 +340,29 @@ mod tests {
         assert_eq!(names(&deep, root), ["disk", "link", "sub/deeper/nested"]);
         // A link's target elsewhere needs a watch of its own, one in a watched directory does not.
         assert!(deep.watch_points().values().all(|is_directory| *is_directory));
+    }
+
+    #[test]
+    fn a_link_is_followed_anew_each_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("images");
+        for version in ["v1", "v2"] {
+            fs::create_dir_all(dir.path().join(version)).unwrap();
+            fs::write(dir.path().join(version).join("vm.raw"), version).unwrap();
+        }
+        fs::create_dir(&root).unwrap();
+        let current = dir.path().join("current");
+        symlink(dir.path().join("v1"), &current).unwrap();
+        symlink(current.join("vm.raw"), root.join("vm.raw")).unwrap();
+        symlink(dir.path().join("later.raw"), root.join("later.raw")).unwrap();
+        let mut catalog = Catalog::new(std::slice::from_ref(&root), false).unwrap();
+        assert_eq!(names(&catalog, &root), ["vm.raw"]);
+        fs::remove_file(&current).unwrap();
+        symlink(dir.path().join("v2"), &current).unwrap();
+        fs::write(dir.path().join("later.raw"), "").unwrap();
+        assert!(catalog.refresh());
+        assert_eq!(names(&catalog, &root), ["later.raw", "vm.raw"]);
+        assert!(catalog.images()[1].resolved.ends_with("v2/vm.raw"));
     }
 
     #[test]

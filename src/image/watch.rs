@@ -126,7 +126,18 @@ impl ImageWatch {
     /// Says that we are about to open and close `path` for reading, so that the two events are not taken for somebody
     /// else's.
     pub fn announce(&self, path: &Path) {
-        lock(&self.state).announce(path, Instant::now());
+        // An announcement for what no watch covers would wait in vain for its events.
+        if self.watches(path) || path.parent().is_some_and(|p| self.watches(p)) {
+            lock(&self.state).announce(path, Instant::now());
+        }
+    }
+
+    /// Takes an announcement back: the open failed, and no event will come.
+    pub fn retract(&self, path: &Path) {
+        let state = &mut *lock(&self.state);
+        for opens in [true, false] {
+            state.is_ours(path, opens, Instant::now());
+        }
     }
 
     /// What happened, and forgets it.
@@ -141,11 +152,11 @@ impl State {
         let fresh = Announced { opens: 0, closes: 0, since: now };
         let announced = self.announced.entry(path.to_owned()).or_insert(fresh);
         if now.duration_since(announced.since) > ANNOUNCEMENT_LASTS {
-            (announced.opens, announced.closes) = (0, 0);
+            // Counted from the first that was not answered: renewing it would let the unanswered ones pile up.
+            *announced = Announced { opens: 0, closes: 0, since: now };
         }
         announced.opens += 1;
         announced.closes += 1;
-        announced.since = now;
     }
 
     fn take_event(&mut self, event: notify::Result<notify::Event>, now: Instant) {

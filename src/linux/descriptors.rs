@@ -144,21 +144,20 @@ pub fn opened_path(roots: &Roots, pid: i32, fd: i32) -> Option<PathBuf> {
 /// Looks again at one descriptor: `None` when it is closed or leads to another file now.
 #[must_use]
 pub fn again(roots: &Roots, pid: i32, fd: i32, file: FileId) -> Option<OpenDescriptor> {
-    let path = roots.proc.join(format!("{pid}/fd/{fd}"));
-    let status = super::identity::status(&path).ok()?;
-    if status.id != file {
-        return None;
-    }
+    // The file is checked after the locks are read: a check before would add nothing.
     describe(roots, pid, fd, file)
 }
 
+/// Reads what stands behind a descriptor that leads to `file`; `None` if it leads elsewhere by the time that is read, so
+/// that the locks of one file are never taken for those of another.
 fn describe(roots: &Roots, pid: i32, fd: i32, file: FileId) -> Option<OpenDescriptor> {
     let mut text = Vec::with_capacity(512);
     let path = roots.proc.join(format!("{pid}/fdinfo/{fd}"));
     std::fs::File::open(path).and_then(|mut f| f.read_to_end(&mut text)).ok()?;
     let info = Fdinfo::parse(&String::from_utf8_lossy(&text));
     let mode = info.mode()?;
-    Some(OpenDescriptor { pid, fd, file, mode, locks: info.locks.records })
+    let after = super::identity::status(&roots.proc.join(format!("{pid}/fd/{fd}"))).ok()?;
+    (after.id == file).then_some(()).and(Some(OpenDescriptor { pid, fd, file, mode, locks: info.locks.records }))
 }
 
 /// The lines of a `/proc/PID/fdinfo/FD` that this program uses (proc_pid_fdinfo(5)).

@@ -139,7 +139,12 @@ pub fn held_bytes(file: impl AsFd, asker: Asker) -> Result<BytesFound, Errno> {
     let mut ranges = vec![(100, 204)];
     while let Some((start, end)) = ranges.pop() {
         let Some(lock) = first_lock(&file, asker, start, end)? else { continue };
-        let (from, to) = (lock.start.max(start), lock.end.unwrap_or(end).min(end));
+        let (mut from, mut to) = (lock.start.max(start), lock.end.unwrap_or(end).min(end));
+        if from > to {
+            // A file server that names a lock outside of what was asked: something is held there, and no more can be
+            // learnt by asking on.
+            (from, to) = (start, end);
+        }
         for byte in LockByte::ALL.into_iter().filter(|b| (from..=to).contains(&b.offset())) {
             found.locked = found.locked.with(byte);
             if lock.mode == LockMode::Write {

@@ -84,6 +84,10 @@ pub fn changes(before: &Snapshot, after: &Snapshot) -> Vec<Change> {
             }
         }
     }
+    // What cannot be listed or read may hide anything.
+    for trouble in after.troubles.iter().filter(|t| !before.troubles.contains(t)) {
+        all.push(Change::about(ChangeKind::Gap, at, None, crate::text::escape(trouble).into_owned()));
+    }
     for finding in before.findings.iter().filter(|f| !after.findings.contains(f)) {
         all.push(Change::about(ChangeKind::FindingCleared, at, None, finding.text.clone()));
     }
@@ -94,27 +98,37 @@ pub fn changes(before: &Snapshot, after: &Snapshot) -> Vec<Change> {
 }
 
 /// Who holds what, so that two moments can be compared; `None` stands for whoever holds bytes that have no known holder.
-type Holdings<'a> = BTreeMap<Option<(ProcessId, Option<i32>)>, (Option<&'a Holder>, Access, Vec<String>)>;
+///
+/// By process and not by descriptor: a QEMU that reopens an image holds the same bytes on two descriptors in turn, and has
+/// let nothing go.
+type Holdings<'a> = BTreeMap<Option<ProcessId>, Holding<'a>>;
+
+#[derive(Clone, Default)]
+struct Holding<'a> {
+    holder: Option<&'a Holder>,
+    access: Access,
+    ranges: Vec<String>,
+}
 
 fn holdings(image: &Image) -> Holdings<'_> {
     let mut all = Holdings::new();
     for holder in &image.holders {
-        let entry =
-            all.entry(Some((holder.process.id, holder.fd))).or_insert_with(|| (Some(holder), Access::NONE, Vec::new()));
-        entry.1 = entry.1.union(holder.access);
-        entry.2.extend(holder.foreign.map(range_text));
+        let holding = all.entry(Some(holder.process.id)).or_default();
+        holding.holder = Some(holder);
+        holding.access = holding.access.union(holder.access);
+        holding.ranges.extend(holder.foreign.map(range_text));
     }
     let ownerless = image.ownerless();
     if !ownerless.is_empty() {
-        all.insert(None, (None, ownerless, Vec::new()));
+        all.insert(None, Holding { access: ownerless, ..Holding::default() });
     }
     all
 }
 
 fn image_changes(was: &Image, is: &Image, at: Timestamp, all: &mut Vec<Change>) {
     let (old, new) = (holdings(was), holdings(is));
-    let nothing = (None, Access::NONE, Vec::new());
-    let mut add = |kind, (holder, access, ranges): (Option<&Holder>, Access, Vec<String>)| {
+    let nothing = Holding::default();
+    let mut add = |kind, holder: Option<&Holder>, access: Access, ranges: Vec<String>| {
         if access.is_empty() && ranges.is_empty() {
             return;
         }
@@ -129,15 +143,17 @@ fn image_changes(was: &Image, is: &Image, at: Timestamp, all: &mut Vec<Change>) 
         });
     };
     let less = |a: &[String], b: &[String]| a.iter().filter(|r| !b.contains(r)).cloned().collect::<Vec<_>>();
-    for (key, (holder, access, ranges)) in &old {
-        let (_, now, now_ranges) = new.get(key).unwrap_or(&nothing);
-        // Bytes that were nobody's and now have a holder were not let go: the holder is known now.
-        let named = if key.is_none() { is.held().difference(is.ownerless()) } else { Access::NONE };
-        add(ChangeKind::Released, (*holder, access.difference(*now).difference(named), less(ranges, now_ranges)));
+    for (key, before) in &old {
+        let now = new.get(key).unwrap_or(&nothing);
+        // What was nobody's is let go only if it is free: it may have a holder that is known now, or may no longer be
+        // told at all.
+        let dropped = before.access.difference(now.access);
+        let dropped = if key.is_none() { dropped.intersection(is.free()) } else { dropped };
+        add(ChangeKind::Released, before.holder, dropped, less(&before.ranges, &now.ranges));
     }
-    for (key, (holder, access, ranges)) in &new {
-        let (_, before, before_ranges) = old.get(key).unwrap_or(&nothing);
-        add(ChangeKind::Acquired, (*holder, access.difference(*before), less(ranges, before_ranges)));
+    for (key, now) in &new {
+        let before = old.get(key).unwrap_or(&nothing);
+        add(ChangeKind::Acquired, now.holder, now.access.difference(before.access), less(&now.ranges, &before.ranges));
     }
     for finding in was.findings.iter().filter(|f| !is.findings.contains(f)) {
         all.push(Change::about(ChangeKind::FindingCleared, at, Some(&is.path), finding.text.clone()));
@@ -150,8 +166,9 @@ fn image_changes(was: &Image, is: &Image, at: Timestamp, all: &mut Vec<Change>) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::linux::descriptors::OpenDescriptor;
     use crate::monitor::examples::{access, holds, image, process, sample};
-    use crate::monitor::sample::ImageSample;
+    use crate::monitor::sample::{Answer, ImageSample};
 
     fn snapshot(images: Vec<ImageSample>) -> Snapshot {
         Snapshot::of(&sample(images, &[process(42, "qemu-system-x86", Some("web01")), process(43, "qemu-io", None)]))
@@ -198,6 +215,21 @@ mod tests {
         let free = snapshot(vec![held(&[], "-/-")]);
         assert_eq!(told(&free, &unknown), [(ChangeKind::Acquired, None, "cw/-".to_owned())]);
         assert_eq!(told(&unknown, &free), [(ChangeKind::Released, None, "cw/-".to_owned())]);
+    }
+
+    #[test]
+    fn a_reopen_lets_go_only_of_what_is_gone() {
+        let on = |fd, held: &str| OpenDescriptor { fd, ..holds(42, held) };
+        let before = snapshot(vec![ImageSample { descriptors: vec![on(4, "cwr/wr")], ..image("a", "cwr/wr") }]);
+        let after = snapshot(vec![ImageSample { descriptors: vec![on(8, "c/wr")], ..image("a", "c/wr") }]);
+        assert_eq!(told(&before, &after), [(ChangeKind::Released, Some(42), "wr/-".to_owned())]);
+    }
+
+    #[test]
+    fn what_can_no_longer_be_told_was_not_let_go() {
+        let unknown = snapshot(vec![held(&[], "cw/-")]);
+        let blind = snapshot(vec![ImageSample { answer: Answer::CannotOpen(13), ..image("a", "-/-") }]);
+        assert_eq!(told(&unknown, &blind), []);
     }
 
     #[test]

@@ -17,11 +17,12 @@ use super::search::{Depth, Search};
 use crate::image::catalog::{Catalog, Entry};
 use crate::image::header::{self, Header};
 use crate::image::watch::ImageWatch;
+use crate::linux::descriptors::OpenDescriptor;
 use crate::linux::identity::{FileId, FileKind, FileStatus, status};
 use crate::linux::lock_table::{self, LockKind, LockRecord};
 use crate::linux::loop_devices::{self, LoopDevice};
-use crate::linux::mounts::Mounts;
-use crate::linux::probe::{self, Asker, OpenError};
+use crate::linux::mounts::{Mount, Mounts};
+use crate::linux::probe::{self, Asker, BytesFound, OpenError};
 use crate::linux::{ReadError, Roots, process};
 use crate::protocol::LockByte;
 
@@ -32,6 +33,15 @@ pub enum Scope<'a> {
     Everything,
     /// The images with these resolved paths; the rest stays as it was.
     Files(&'a HashSet<PathBuf>),
+}
+
+/// Where it is worth looking before the next tick.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hint {
+    /// Files came or went.
+    pub listing: bool,
+    /// Resolved paths of images whose locks may have changed.
+    pub files: HashSet<PathBuf>,
 }
 
 /// Looks at the watched images, and remembers what makes the next look cheap.
@@ -64,11 +74,11 @@ struct KnownHeader {
 struct Walks {
     last: Option<Instant>,
     cost: Duration,
-    /// The locks that a whole walk could not explain: the same ones are not walked for at every look.
-    in_vain: HashMap<FileId, ImageSignature>,
+    /// The locks that a whole walk could not explain, and when: the same ones are not walked for at every look.
+    in_vain: HashMap<FileId, (Instant, Answer, Vec<LockRecord>)>,
+    /// The rows and the descriptors that last fitted together.
+    explained: HashMap<FileId, (usize, Vec<OpenDescriptor>)>,
 }
-
-type ImageSignature = (Answer, Vec<LockRecord>);
 
 /// A guest writes all the time and changes the modification time with it; its header is read again this often.
 const HEADER_AGE: Duration = Duration::from_secs(5);
@@ -78,6 +88,13 @@ const WALK_SHARE: u32 = 100;
 const WALK_PAUSE: Duration = Duration::from_secs(10);
 /// A lock that comes and goes between our questions looks ownerless; this often it is asked again.
 const ATTEMPTS: usize = 3;
+
+impl Walks {
+    /// The time between two whole walks that nothing but time asks for.
+    fn pause(&self) -> Duration {
+        WALK_PAUSE.max(self.cost * WALK_SHARE)
+    }
+}
 
 impl Looker {
     /// Looks at what `catalog` lists. Without `watch` only the caller's timer makes anybody look.
@@ -112,6 +129,23 @@ impl Looker {
         self.watch.as_ref()
     }
 
+    /// Asks what costs next to nothing: whether the list of images changed, and which images have other rows in
+    /// `/proc/locks` than when they were last looked at. Nothing is believed because of it; it says where to look.
+    pub fn hint(&mut self) -> Hint {
+        let listing = self.catalog.refresh();
+        if listing {
+            self.take_listing();
+        }
+        self.read_table();
+        let mut files = HashSet::new();
+        for (path, image) in &self.images {
+            if !self.rows_of(image.file, image.mount.as_deref()).eq(&image.table_rows) {
+                files.insert(path.clone());
+            }
+        }
+        Hint { listing, files }
+    }
+
     /// Paths that could not be watched since the last call, in words: changes there show at the next tick only.
     pub fn take_unwatched(&mut self) -> Vec<String> {
         std::mem::take(&mut self.unwatched)
@@ -134,68 +168,67 @@ impl Looker {
         self.ask(&mut targets);
         let wanted: HashSet<FileId> = self.images.values().map(|i| i.file).collect();
         self.search.keep_only(&wanted);
-        self.search.refresh(&ids(&targets));
+        self.search.refresh(&self.ids(&targets));
         self.scan(Depth::New, &wanted);
         if let Scope::Files(_) = scope {
             // Somebody opened it: who that was shows in the number of its descriptors, lock or no lock.
             self.scan(Depth::Changed, &wanted);
         }
-        if self.walks.last.is_none_or(|at| at.elapsed() > WALK_PAUSE.max(self.walks.cost * WALK_SHARE)) {
+        if self.walks.last.is_none_or(|at| at.elapsed() > self.walks.pause()) {
             self.walk_all(&wanted);
         }
-        self.explain(&targets, &wanted);
+        // Not the targets alone: a process that has ended or gone on leaves other images without a holder, too.
+        let all = self.entries.clone();
+        self.explain(all, &wanted);
         self.sample()
     }
 
-    /// Goes on searching until each lock of `targets` has a holder or it is certain that none can be found.
-    fn explain(&mut self, targets: &[Entry], wanted: &HashSet<FileId>) {
-        let mut open: Vec<Entry> = targets.to_vec();
+    /// Goes on searching until each lock has a holder or it is certain that none can be found.
+    fn explain(&mut self, mut open: Vec<Entry>, wanted: &HashSet<FileId>) {
         for attempt in 0..ATTEMPTS {
-            open.retain(|e| self.images.get(&e.resolved).is_some_and(|i| !self.is_explained(i)));
+            open.retain(|e| !self.is_explained(&e.resolved) && !self.was_in_vain(&e.resolved));
             if open.is_empty() {
                 return;
             }
             if attempt == 0 {
                 self.scan(Depth::Changed, wanted);
-            } else if self.is_worth_a_walk(&open) {
+            } else {
                 self.walk_all(wanted);
             }
             // It may be gone by now, or the table may have missed a row.
             self.read_table();
             self.ask(&mut open);
-            self.search.refresh(&ids(&open));
+            self.search.refresh(&self.ids(&open));
         }
-        for entry in open {
-            if let Some(image) = self.images.get(&entry.resolved).filter(|i| !self.is_explained(i)) {
-                self.walks.in_vain.insert(image.file, (image.answer.clone(), image.table_rows.clone()));
-            }
+        open.retain(|e| !self.is_explained(&e.resolved));
+        for image in open.iter().filter_map(|e| self.images.get(&e.resolved)) {
+            let vain = (Instant::now(), image.answer.clone(), image.table_rows.clone());
+            self.walks.in_vain.insert(image.file, vain);
         }
     }
 
-    fn is_worth_a_walk(&self, open: &[Entry]) -> bool {
-        let known = |image: &ImageSample| {
-            let (answer, rows) = self.walks.in_vain.get(&image.file)?;
-            Some(*answer == image.answer && *rows == image.table_rows)
-        };
-        let images = open.iter().filter_map(|e| self.images.get(&e.resolved));
-        images.into_iter().any(|image| known(image) != Some(true))
+    /// Whether a whole walk has not explained the very same locks a short while ago.
+    fn was_in_vain(&self, resolved: &Path) -> bool {
+        let Some(image) = self.images.get(resolved) else { return false };
+        let known = self.walks.in_vain.get(&image.file);
+        known.is_some_and(|(at, answer, rows)| {
+            at.elapsed() < self.walks.pause() && *answer == image.answer && *rows == image.table_rows
+        })
     }
 
-    /// Whether each held byte has a holder, and the table lists no lock of which we know no owner.
-    fn is_explained(&self, image: &ImageSample) -> bool {
+    /// Whether each held byte has a holder, each holder's byte is held, and the table lists no lock of which we know no
+    /// owner.
+    fn is_explained(&mut self, resolved: &Path) -> bool {
+        let Some(image) = self.images.get(resolved) else { return true };
         let Answer::Bytes(found) = &image.answer else { return true };
         let descriptors = self.search.descriptors(image.file);
-        let records = || descriptors.iter().flat_map(|d| &d.locks);
-        let counts = |r: &&LockRecord| !r.waiting && matches!(r.kind, LockKind::Ofd | LockKind::Posix);
-        let held = |byte: LockByte| records().filter(counts).any(|r| r.covers(byte.offset()));
-        let same =
-            |a: &LockRecord, b: &LockRecord| (a.kind, a.mode, a.start, a.end) == (b.kind, b.mode, b.start, b.end);
-        // As many rows of one range as there are owners: with fewer known ones, somebody is missing.
-        let listed = |row: &LockRecord| {
-            let rows = image.table_rows.iter().filter(counts).filter(|r| same(r, row)).count();
-            records().filter(counts).filter(|r| same(r, row)).count() >= rows
-        };
-        found.locked.bytes().all(held) && image.table_rows.iter().filter(counts).all(listed)
+        let explained = fits(found, descriptors, &image.table_rows, self.walks.explained.get(&image.file));
+        if explained {
+            let holders = descriptors.iter().filter(|d| !d.locks.is_empty()).cloned().collect();
+            self.walks.explained.insert(image.file, (image.table_rows.len(), holders));
+            self.walks.in_vain.remove(&image.file);
+        }
+        explained
     }
 
     fn walk_all(&mut self, wanted: &HashSet<FileId>) {
@@ -204,6 +237,7 @@ impl Looker {
         self.walks.cost = started.elapsed();
         self.walks.last = Some(Instant::now());
         self.walks.in_vain.retain(|file, _| wanted.contains(file));
+        self.walks.explained.retain(|file, _| wanted.contains(file));
     }
 
     fn scan(&mut self, depth: Depth, wanted: &HashSet<FileId>) {
@@ -235,6 +269,11 @@ impl Looker {
     fn read_table(&mut self) {
         match lock_table::read_table(&self.roots, &mut self.buffer) {
             Ok(lines) => {
+                if lines.bad_lines > 0 {
+                    let lines = crate::text::counted(lines.bad_lines as usize, "line", "lines");
+                    self.troubles.push(format!("{lines} of /proc/locks could not be understood: report this"));
+                    self.troubles.dedup();
+                }
                 self.table = lines.records;
                 // The table repeats in order; sorted rows can be found and compared.
                 self.table.sort_by_key(|r| (r.file, r.start, r.end, r.kind as u8, r.pid));
@@ -254,7 +293,7 @@ impl Looker {
         self.headers.retain(|path, _| listed.contains(path));
         let Some(watch) = &mut self.watch else { return };
         let points = self.catalog.watch_points();
-        let ids = self.catalog.directory_ids();
+        let ids = self.catalog.watch_ids();
         let stale = |path: &&PathBuf| !points.contains_key(*path) || self.watched_ids.get(*path) != ids.get(*path);
         let gone: Vec<PathBuf> = watch.watched().filter(stale).cloned().collect();
         gone.iter().for_each(|path| watch.remove(path));
@@ -315,19 +354,30 @@ impl Looker {
         Some(self.describe(entry, status, header, answer))
     }
 
+    /// The rows of the table about a file. The kernel prints the superblock's device, which statx hides on btrfs and
+    /// overlayfs.
+    fn rows_of(&self, file: FileId, mount: Option<&Mount>) -> &[LockRecord] {
+        let rows = |device| {
+            let file = Some(FileId { device, inode: file.inode });
+            let start = self.table.partition_point(|r| r.file < file);
+            let length = self.table[start..].partition_point(|r| r.file == file);
+            &self.table[start..start + length]
+        };
+        let by_statx = rows(file.device);
+        match mount {
+            Some(mount) if by_statx.is_empty() && mount.lock_device != file.device => rows(mount.lock_device),
+            _ => by_statx,
+        }
+    }
+
+    /// The files behind `entries` as they were opened last: a link's target may have been replaced since it was listed.
+    fn ids(&self, entries: &[Entry]) -> HashSet<FileId> {
+        entries.iter().filter_map(|e| self.images.get(&e.resolved)).map(|i| i.file).collect()
+    }
+
     fn describe(&self, entry: &Entry, status: FileStatus, header: Option<Header>, answer: Answer) -> ImageSample {
         let mount = self.mounts.as_ref().and_then(|m| m.of(&entry.resolved, &status)).cloned();
-        // What the kernel prints in lock lines: the superblock's device, which statx hides on btrfs and overlayfs.
-        let device = mount.as_ref().map_or(status.id.device, |m| m.lock_device);
-        let listed = |device| Some(FileId { device, inode: status.id.inode });
-        let rows = |file: Option<FileId>| {
-            let start = self.table.partition_point(|r| r.file < file);
-            self.table[start..].iter().take_while(move |r| r.file == file).cloned()
-        };
-        let mut table_rows: Vec<LockRecord> = rows(listed(status.id.device)).collect();
-        if table_rows.is_empty() && device != status.id.device {
-            table_rows = rows(listed(device)).collect();
-        }
+        let table_rows = self.rows_of(status.id, mount.as_deref()).to_vec();
         ImageSample {
             path: entry.path.clone(),
             resolved: entry.resolved.clone(),
@@ -433,6 +483,41 @@ fn backing(image: &Path, header: &Header) -> Option<Backing> {
     Some(Backing { path, file })
 }
 
-fn ids(entries: &[Entry]) -> HashSet<FileId> {
-    entries.iter().map(|e| e.status.id).collect()
+/// Whether what GETLK found, what descriptors hold and what the table lists tell the same story.
+fn fits(
+    found: &BytesFound,
+    descriptors: &[OpenDescriptor],
+    rows: &[LockRecord],
+    before: Option<&(usize, Vec<OpenDescriptor>)>,
+) -> bool {
+    let counts = |r: &&LockRecord| !r.waiting && matches!(r.kind, LockKind::Ofd | LockKind::Posix);
+    let held =
+        |byte: LockByte| descriptors.iter().flat_map(|d| &d.locks).filter(counts).any(|r| r.covers(byte.offset()));
+    if !LockByte::ALL.into_iter().all(|b| held(b) == found.locked.contains(b)) {
+        return false;
+    }
+    let same = |a: &LockRecord, b: &LockRecord| (a.kind, a.mode, a.start, a.end) == (b.kind, b.mode, b.start, b.end);
+    // As many rows of one range as there are owners: with fewer known ones, somebody is missing. POSIX locks are printed
+    // behind each descriptor of their process and count once for it.
+    let owners = |row: &LockRecord| {
+        let has = |d: &&OpenDescriptor| d.locks.iter().filter(counts).any(|r| same(r, row));
+        let mut owners: Vec<(i32, i32)> = descriptors
+            .iter()
+            .filter(has)
+            .map(|d| (d.pid, if row.kind == LockKind::Posix { 0 } else { d.fd }))
+            .collect();
+        owners.sort_unstable();
+        owners.dedup();
+        owners.len()
+    };
+    let listed = |row: &LockRecord| owners(row) >= rows.iter().filter(counts).filter(|r| same(r, row)).count();
+    if !rows.iter().filter(counts).all(listed) {
+        return false;
+    }
+    // Several descriptors may share one description: then they are more than the rows, and could hide another owner. New
+    // rows with the same holders as before mean just that.
+    let unchanged = |(_, holders): &(usize, Vec<OpenDescriptor>)| {
+        holders.iter().eq(descriptors.iter().filter(|d| !d.locks.is_empty()))
+    };
+    !before.is_some_and(|b| rows.len() > b.0 && unchanged(b))
 }

@@ -12,7 +12,9 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::look::{Looker, Scope};
+use jiff::Timestamp;
+
+use super::look::{Hint, Looker, Scope};
 use super::snapshot::Snapshot;
 use crate::image::catalog::{Catalog, CatalogError};
 use crate::image::watch::{ImageWatch, Touched};
@@ -63,6 +65,7 @@ enum Order {
 #[derive(Default)]
 struct Slot {
     update: Update,
+    looked_at: Option<Timestamp>,
     rung: bool,
 }
 
@@ -77,6 +80,9 @@ const LOOK_AGAIN: [Duration; 4] =
 /// After a look that took some time the next hurried one waits this many times as long: events never take more than a
 /// fifth of a core.
 const REST: u32 = 4;
+/// `/proc/locks` and the directories are asked this often between two ticks, in at most a hundredth of one core.
+const HINT_PAUSE: Duration = Duration::from_millis(80);
+const HINT_SHARE: u32 = 100;
 const SHORTEST_REST: Duration = Duration::from_millis(5);
 
 impl Sampler {
@@ -130,6 +136,12 @@ impl Sampler {
         std::mem::replace(&mut slot.update, Update { ended, ..Update::default() })
     }
 
+    /// When it was last looked: also a look that found nothing new, which is not published, counts.
+    #[must_use]
+    pub fn looked_at(&self) -> Option<Timestamp> {
+        lock(&self.slot).looked_at
+    }
+
     /// Looks as soon as possible.
     pub fn look_now(&self) {
         let _ = self.orders.send(Order::Look);
@@ -168,6 +180,7 @@ struct Out {
 impl Out {
     /// Puts a snapshot into the slot if it says something new.
     fn publish(&mut self, snapshot: Snapshot, gaps: Vec<String>) {
+        lock(&self.slot).looked_at = Some(snapshot.taken_at);
         let news = self.last.as_ref().is_none_or(|last| !last.says_the_same(&snapshot));
         if !news && gaps.is_empty() {
             return;
@@ -216,6 +229,8 @@ struct Work {
 /// What is to be looked at, and when.
 struct Agenda {
     tick: Instant,
+    /// When the cheap question is asked next.
+    hint: Instant,
     /// Resolved paths that somebody touched, by the time at which they are to be looked at again.
     files: BTreeMap<Instant, HashSet<PathBuf>>,
     /// No hurried look before this.
@@ -226,7 +241,7 @@ struct Agenda {
 impl Work {
     fn run(mut self) {
         let start = Instant::now();
-        let mut agenda = Agenda { tick: start, files: BTreeMap::new(), rested: start, gaps: Vec::new() };
+        let mut agenda = Agenda { tick: start, hint: start, files: BTreeMap::new(), rested: start, gaps: Vec::new() };
         loop {
             let now = Instant::now();
             let sample = if now >= agenda.tick {
@@ -237,9 +252,14 @@ impl Work {
                         .push(format!("a look came {:.1} s late: the host or its storage is slow", late.as_secs_f64()));
                 }
                 let sample = self.looker.look(Scope::Everything);
-                agenda.tick = (agenda.tick + self.interval).max(now + self.interval / 2);
+                // Never back to back: a look that takes long leaves as much time to others.
+                agenda.tick = (agenda.tick + self.interval).max(Instant::now() + now.elapsed());
                 Some(sample)
             } else {
+                if now >= agenda.hint {
+                    agenda.take_hint(self.looker.hint(), now);
+                    agenda.hint = Instant::now() + HINT_PAUSE.max(now.elapsed() * HINT_SHARE);
+                }
                 let due = agenda.due(now);
                 (!due.is_empty()).then(|| self.looker.look(Scope::Files(&due)))
             };
@@ -282,6 +302,16 @@ impl Agenda {
         }
     }
 
+    /// What the cheap question found: locks can change without an open, and lists without inotify.
+    fn take_hint(&mut self, hint: Hint, now: Instant) {
+        if hint.listing {
+            self.tick = self.tick.min(now.max(self.rested));
+        }
+        if !hint.files.is_empty() {
+            self.files.entry(now).or_default().extend(hint.files);
+        }
+    }
+
     /// The files whose time has come, all at once.
     fn due(&mut self, now: Instant) -> HashSet<PathBuf> {
         if now < self.rested {
@@ -293,7 +323,7 @@ impl Agenda {
 
     fn next(&self) -> Instant {
         let files = self.files.keys().next().map(|at| (*at).max(self.rested));
-        files.map_or(self.tick, |at| at.min(self.tick))
+        files.map_or(self.tick, |at| at.min(self.tick)).min(self.hint)
     }
 }
 
@@ -302,6 +332,8 @@ mod tests {
     use super::*;
     use crate::monitor::examples::{holds, image, process, sample};
     use crate::monitor::sample::ImageSample;
+
+    const HOUR: Duration = Duration::from_secs(3600);
 
     fn out() -> (Out, Arc<Mutex<Slot>>, PipeReader) {
         let (bell, ringer) = io::pipe().unwrap();
@@ -344,7 +376,7 @@ mod tests {
     fn touched_files_are_looked_at_again_until_the_lock_must_be_there() {
         let start = Instant::now();
         let mut agenda =
-            Agenda { tick: start + Duration::from_secs(3600), files: BTreeMap::new(), rested: start, gaps: Vec::new() };
+            Agenda { tick: start + HOUR, hint: start + HOUR, files: BTreeMap::new(), rested: start, gaps: Vec::new() };
         let path = PathBuf::from("/images/a");
         agenda.add(Touched { files: HashSet::from([path.clone()]), ..Touched::default() });
         let later = start + Duration::from_millis(60);

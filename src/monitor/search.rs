@@ -173,7 +173,7 @@ type Walked = (ProcessEntry, u64, Result<Vec<OpenDescriptor>, NotListed>);
 fn walk(roots: &Roots, entries: &[ProcessEntry], wanted: &HashSet<FileId>) -> Vec<Walked> {
     // A deleted file may have been one of ours.
     let is_wanted = |s: &FileStatus| wanted.contains(&s.id) || (s.links == 0 && s.kind == FileKind::Regular);
-    let one = |entry: &ProcessEntry| {
+    let one = &|entry: &ProcessEntry| {
         // Counted first: what is opened during the walk then shows as a change.
         let count = descriptors::count(roots, entry.pid).unwrap_or_default();
         (*entry, count, descriptors::of_process(roots, entry.pid, &is_wanted))
@@ -184,10 +184,19 @@ fn walk(roots: &Roots, entries: &[ProcessEntry], wanted: &HashSet<FileId>) -> Ve
     }
     std::thread::scope(|scope| {
         let share = entries.len().div_ceil(threads);
-        let workers: Vec<_> =
-            entries.chunks(share).map(|chunk| scope.spawn(move || chunk.iter().map(one).collect::<Vec<_>>())).collect();
+        let mut results = Vec::with_capacity(entries.len());
+        let mut workers = Vec::new();
+        for chunk in entries.chunks(share) {
+            let work = move || chunk.iter().map(one).collect::<Vec<_>>();
+            match std::thread::Builder::new().spawn_scoped(scope, work) {
+                Ok(worker) => workers.push(worker),
+                // No thread to be had: then here.
+                Err(_) => results.extend(chunk.iter().map(one)),
+            }
+        }
         // A worker that panicked has found nothing; its processes stay unseen and are walked next time.
-        workers.into_iter().flat_map(|w| w.join().unwrap_or_default()).collect()
+        results.extend(workers.into_iter().flat_map(|w| w.join().unwrap_or_default()));
+        results
     })
 }
 

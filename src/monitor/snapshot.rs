@@ -192,6 +192,12 @@ impl Image {
         self.bytes.iter().filter(|b| b.state == ByteState::Held).map(|b| b.byte).collect()
     }
 
+    /// The bytes that are known to be free.
+    #[must_use]
+    pub fn free(&self) -> Access {
+        self.bytes.iter().filter(|b| b.state == ByteState::Free).map(|b| b.byte).collect()
+    }
+
     /// The held bytes whose holder cannot be named.
     #[must_use]
     pub fn ownerless(&self) -> Access {

@@ -239,6 +239,15 @@ pub fn write_change(out: impl Write, change: &Change) -> io::Result<()> {
     write_line(out, &line)
 }
 
+/// One image as an object of a snapshot, on one line.
+#[must_use]
+pub fn image_text(image: &Image) -> String {
+    let mut bytes = Vec::new();
+    // Writing to memory cannot fail, and what is written is UTF-8.
+    let _ = write_line(&mut bytes, &image_out(image));
+    String::from_utf8_lossy(&bytes).trim_end().to_owned()
+}
+
 fn write_line(mut out: impl Write, value: &impl Serialize) -> io::Result<()> {
     let mut serializer = serde_json::Serializer::with_formatter(&mut out, Harmless);
     value.serialize(&mut serializer)?;

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use std::io::{self, Write};
 
 use crate::monitor::finding::Severity;
-use crate::monitor::snapshot::{Image, Snapshot};
+use crate::monitor::snapshot::{ByteView, Image, Snapshot};
 use crate::monitor::wording::{byte_mark, format_text, holders_text, role_text, size_text};
 use crate::text::{counted, cut_end, cut_middle, escape, escape_path, pad_end, pad_start, to_ascii, width};
 
@@ -19,9 +19,10 @@ pub struct Layout {
     pub ascii: bool,
 }
 
-const HEAD: [&str; 4] = ["IMAGE", "FORMAT", "SIZE", "ROLE"];
-const MARKS_HEAD: &str = "C W U R G   C W U R G";
-const ROLE_COLUMNS: usize = 16;
+const HEAD: [&str; 5] = ["IMAGE", "FORMAT", "SIZE", "ROLE", "HOLDERS"];
+const FORMAT: usize = 7;
+const SIZE: usize = 6;
+const ROLE: usize = 15;
 
 impl Layout {
     /// `text` in the character set of this layout.
@@ -37,54 +38,65 @@ impl Layout {
     }
 }
 
-/// The ten marks of an image, permission bytes first.
-#[must_use]
-pub fn marks(image: &Image) -> String {
-    let row = |bytes: &[crate::monitor::snapshot::ByteView]| {
-        bytes.iter().map(|b| byte_mark(b).to_string()).collect::<Vec<_>>().join(" ")
-    };
+/// The ten marks of an image, permission bytes first; `between` two bytes of a side.
+fn marks(image: &Image, between: &str) -> String {
+    let row = |bytes: &[ByteView]| bytes.iter().map(|b| byte_mark(b).to_string()).collect::<Vec<_>>().join(between);
     let (permissions, unshared) = image.bytes.split_at(image.bytes.len().min(5));
     format!("{}   {}", row(permissions), row(unshared))
 }
+
+/// Narrower than this, bytes stand close together and paths lose the directory that they share.
+const WIDE: usize = 120;
+/// What a list of holders should have at least.
+const HOLDERS_COLUMNS: usize = 20;
 
 /// Writes the table of a snapshot.
 ///
 /// # Errors
 /// When `out` cannot be written.
 pub fn write(mut out: impl Write, snapshot: &Snapshot, layout: Layout) -> io::Result<()> {
-    let names: Vec<String> = snapshot.images.iter().map(|i| layout.plain(&escape_path(&i.path)).into_owned()).collect();
+    let narrow = layout.columns.is_some_and(|c| c < WIDE);
+    let shared = snapshot
+        .images
+        .first()
+        .and_then(|i| i.path.parent())
+        .filter(|parent| narrow && snapshot.images.iter().all(|i| i.path.parent() == Some(*parent)));
+    let name = |image: &Image| {
+        let path = shared.and_then(|s| image.path.strip_prefix(s).ok()).unwrap_or(&image.path);
+        layout.plain(&escape_path(path)).into_owned()
+    };
+    let names: Vec<String> = snapshot.images.iter().map(name).collect();
     if names.is_empty() {
         writeln!(out, "no images")?;
     } else {
+        if let Some(directory) = shared {
+            writeln!(out, "{}:", layout.plain(&escape_path(directory)))?;
+        }
+        let (head, sides, between) = if narrow {
+            ("CWURG   CWURG", "PERM    UNSHARE", "")
+        } else {
+            ("C W U R G   C W U R G", "PERMISSION  UNSHARE", " ")
+        };
         let longest = names.iter().map(|n| width(n)).max().unwrap_or_default().max(HEAD[0].len());
-        // What stands right of the name, without the holders, takes 60 columns.
-        let name_columns = layout.columns.map_or(longest, |c| longest.min(c.saturating_sub(60).max(20)));
+        let fixed = 2 + FORMAT + 2 + SIZE + 2 + head.len() + 2 + ROLE + 2;
+        let room = layout.columns.map(|c| c.saturating_sub(fixed + HOLDERS_COLUMNS).max(12));
+        let name_columns = room.map_or(longest, |room| longest.min(room));
         let line = |cells: [&str; 6]| {
             let [name, format, size, marks, role, holders] = cells;
             let name = pad_end(&cut_middle(name, name_columns, layout.cut_mark()), name_columns);
-            let text = format!(
-                "{name}  {}  {}  {marks}  {}  {holders}",
-                pad_end(format, 9),
-                pad_start(size, 6),
-                pad_end(role, ROLE_COLUMNS)
-            );
-            let text = match layout.columns {
-                Some(columns) => cut_end(&text, columns, layout.cut_mark()).into_owned(),
-                None => text,
-            };
+            let (format, size) = (pad_end(format, FORMAT), pad_start(size, SIZE));
+            let text = format!("{name}  {format}  {size}  {marks}  {}  {holders}", pad_end(role, ROLE));
+            let text = layout.columns.map_or(Cow::Borrowed(text.as_str()), |c| cut_end(&text, c, layout.cut_mark()));
             text.trim_end().to_owned()
         };
-        let sides = format!("{}PERMISSION  UNSHARE", " ".repeat(name_columns + 2 + 9 + 2 + 6 + 2));
-        writeln!(out, "{}", sides.trim_end())?;
-        writeln!(out, "{}", line([HEAD[0], HEAD[1], HEAD[2], MARKS_HEAD, HEAD[3], "HOLDERS"]))?;
+        let sides = format!("{}{sides}", " ".repeat(name_columns + 2 + FORMAT + 2 + SIZE + 2));
+        writeln!(out, "{sides}")?;
+        writeln!(out, "{}", line([HEAD[0], HEAD[1], HEAD[2], head, HEAD[3], HEAD[4]]))?;
         for (image, name) in snapshot.images.iter().zip(&names) {
             let holders = holders_text(image);
-            let holders = layout.plain(&holders);
-            writeln!(
-                out,
-                "{}",
-                line([name, format_text(image), &size_text(image), &marks(image), role_text(image), &holders])
-            )?;
+            let (holders, marks) = (layout.plain(&holders), marks(image, between));
+            let cells = [name, format_text(image), &size_text(image), &marks, role_text(image), &holders];
+            writeln!(out, "{}", line(cells))?;
         }
     }
     write_notes(&mut out, snapshot, &names, layout)

@@ -1,32 +1,66 @@
-//! Which key does what?
+//! Which key does what, and when?
 //!
-//! One table: the program acts by it, and the bottom bar and the help are drawn from it. Pure.
+//! One table: the program acts by it, and the bottom bar, the help and the README's list are drawn from it. Pure.
 
 use crossterm::event::{KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 
 /// What a key asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
-    /// One image up.
+    /// One row up, or one line in a panel that fills the screen.
     Up,
-    /// One image down.
+    /// One row down.
     Down,
     /// A screenful up.
     PageUp,
     /// A screenful down.
     PageDown,
-    /// To the first image.
+    /// To the first row.
     First,
-    /// To the last image.
+    /// To the last row.
     Last,
+    /// The panel one line up.
+    ScrollUp,
+    /// The panel one line down.
+    ScrollDown,
+    /// The next panel.
+    NextPanel,
+    /// The panel before.
+    PreviousPanel,
+    /// The panel of that number, from 0.
+    Panel(usize),
+    /// The panel fills the screen; in a list: takes the row.
+    Enter,
+    /// Leave what is on top: list, large panel, filter.
+    Back,
+    /// By the next column.
+    Sort,
+    /// The other way round.
+    Reverse,
+    /// Type a filter.
+    Filter,
+    /// Hold the screen still, or let it go on.
+    Freeze,
+    /// Processes instead of images.
+    Processes,
+    /// List every finding.
+    Findings,
+    /// Copy something about the row.
+    Copy,
+    /// Look less often.
+    Slower,
+    /// Look more often.
+    Faster,
     /// Look at once.
     Look,
+    /// Listen to the mouse, or no longer.
+    Mouse,
     /// Draw everything again.
     Redraw,
     /// Show or hide the list of keys.
     Help,
-    /// Leave what is shown on top, if anything is.
-    Back,
+    /// Give the terminal to the shell.
+    Suspend,
     /// End the program.
     Quit,
 }
@@ -44,7 +78,7 @@ pub struct Binding {
     pub label: &'static str,
     /// One word for the bottom bar; empty: not shown there.
     pub name: &'static str,
-    /// One line for the help.
+    /// One line for the help; empty: said by another line.
     pub help: &'static str,
 }
 
@@ -58,34 +92,51 @@ const fn plain(
     Binding { keys, control: false, action, label, name, help }
 }
 
-/// Every key.
+const fn control(keys: &'static [KeyCode], action: Action, label: &'static str, help: &'static str) -> Binding {
+    Binding { keys, control: true, action, label, name: "", help }
+}
+
+/// Every key while no text is being typed.
 pub const KEYMAP: &[Binding] = &[
     plain(&[KeyCode::Char('?'), KeyCode::F(1)], Action::Help, "?", "help", "show or hide this list"),
-    plain(&[KeyCode::Up, KeyCode::Char('k')], Action::Up, "Up k", "", "one image up"),
-    plain(&[KeyCode::Down, KeyCode::Char('j')], Action::Down, "Down j", "select", "one image down"),
+    plain(&[KeyCode::Up, KeyCode::Char('k')], Action::Up, "Up k", "", "one row up"),
+    plain(&[KeyCode::Down, KeyCode::Char('j')], Action::Down, "Down j", "", "one row down"),
     plain(&[KeyCode::PageUp], Action::PageUp, "PgUp", "", "a screenful up"),
     plain(&[KeyCode::PageDown], Action::PageDown, "PgDn", "", "a screenful down"),
-    plain(&[KeyCode::Home, KeyCode::Char('g')], Action::First, "Home g", "", "to the first image"),
-    plain(&[KeyCode::End, KeyCode::Char('G')], Action::Last, "End G", "", "to the last image"),
-    plain(&[KeyCode::Char('r')], Action::Look, "r", "look now", "look now instead of at the next tick"),
-    Binding {
-        keys: &[KeyCode::Char('l')],
-        control: true,
-        action: Action::Redraw,
-        label: "Ctrl-L",
-        name: "",
-        help: "draw the screen again",
-    },
-    plain(&[KeyCode::Esc], Action::Back, "Esc", "", "leave the help"),
+    plain(&[KeyCode::Home, KeyCode::Char('g')], Action::First, "Home g", "", "to the first row"),
+    plain(&[KeyCode::End, KeyCode::Char('G')], Action::Last, "End G", "", "to the last row"),
+    plain(&[KeyCode::Tab], Action::NextPanel, "Tab", "panel", "next panel; 1 to 5 take one directly"),
+    plain(&[KeyCode::BackTab], Action::PreviousPanel, "Shift-Tab", "", "panel before"),
+    plain(&[KeyCode::Char('1')], Action::Panel(0), "1", "", ""),
+    plain(&[KeyCode::Char('2')], Action::Panel(1), "2", "", ""),
+    plain(&[KeyCode::Char('3')], Action::Panel(2), "3", "", ""),
+    plain(&[KeyCode::Char('4')], Action::Panel(3), "4", "", ""),
+    plain(&[KeyCode::Char('5')], Action::Panel(4), "5", "", ""),
+    plain(&[KeyCode::Char('[')], Action::ScrollUp, "[", "", "panel one line up"),
+    plain(&[KeyCode::Char(']')], Action::ScrollDown, "]", "", "panel one line down"),
+    plain(&[KeyCode::Enter], Action::Enter, "Enter", "zoom", "panel on the whole screen; in a list: take the row"),
+    plain(&[KeyCode::Esc], Action::Back, "Esc", "", "back: from a list, a large panel, a filter"),
+    plain(
+        &[KeyCode::Char('/')],
+        Action::Filter,
+        "/",
+        "filter",
+        "filter by words and pid: vm: user: state: perm: format: path:",
+    ),
+    plain(&[KeyCode::Char('s')], Action::Sort, "s", "sort", "sort by the next column"),
+    plain(&[KeyCode::Char('S')], Action::Reverse, "S", "", "sort the other way round"),
+    plain(&[KeyCode::Char(' ')], Action::Freeze, "space", "freeze", "hold the screen still, or let it go on"),
+    plain(&[KeyCode::Char('p')], Action::Processes, "p", "processes", "processes instead of images, and back"),
+    plain(&[KeyCode::Char('f')], Action::Findings, "f", "findings", "list every finding"),
+    plain(&[KeyCode::Char('c')], Action::Copy, "c", "copy", "copy path, pid, commands or JSON of the row"),
+    plain(&[KeyCode::Char('+'), KeyCode::Char('=')], Action::Slower, "+", "", "look less often"),
+    plain(&[KeyCode::Char('-')], Action::Faster, "-", "", "look more often"),
+    plain(&[KeyCode::Char('r')], Action::Look, "r", "", "look now instead of at the next tick"),
+    plain(&[KeyCode::Char('m')], Action::Mouse, "m", "", "listen to the mouse, or no longer"),
+    control(&[KeyCode::Char('l')], Action::Redraw, "Ctrl-L", "draw the screen again"),
+    control(&[KeyCode::Char('z')], Action::Suspend, "Ctrl-Z", "back to the shell; fg returns"),
     plain(&[KeyCode::Char('q')], Action::Quit, "q", "quit", "quit"),
-    Binding {
-        keys: &[KeyCode::Char('c'), KeyCode::Char('d')],
-        control: true,
-        action: Action::Quit,
-        label: "Ctrl-C",
-        name: "",
-        help: "quit, as Ctrl-D does",
-    },
+    control(&[KeyCode::Char('c'), KeyCode::Char('d')], Action::Quit, "Ctrl-C", "quit, as Ctrl-D does"),
 ];
 
 /// What `key` asks for, if anything.
@@ -113,7 +164,7 @@ mod tests {
             for key in binding.keys {
                 assert!(seen.insert((binding.control, *key)), "{}", binding.label);
             }
-            assert!(!binding.help.is_empty() && binding.label.is_ascii());
+            assert!(binding.label.is_ascii() && binding.help.is_ascii());
         }
     }
 
@@ -125,6 +176,6 @@ mod tests {
         assert_eq!(key(KeyCode::Char('q'), KeyModifiers::CONTROL), None);
         assert_eq!(key(KeyCode::Char('q'), KeyModifiers::ALT), None);
         assert_eq!(key(KeyCode::Char('c'), KeyModifiers::CONTROL), Some(Action::Quit));
-        assert_eq!(key(KeyCode::Char('c'), KeyModifiers::NONE), None);
+        assert_eq!(key(KeyCode::Char('c'), KeyModifiers::NONE), Some(Action::Copy));
     }
 }

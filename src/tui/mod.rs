@@ -3,9 +3,12 @@
 //! The program is a value: [`model`], [`update`] and [`keymap`] are pure and decide, [`view`] turns the value into cells,
 //! `terminal` and `run` are the only code that touches the terminal. Asks `monitor` for what is so.
 
+pub mod clip;
+pub mod filter;
 pub mod keymap;
 pub mod model;
 mod run;
+pub mod sort;
 mod terminal;
 pub mod theme;
 pub mod update;

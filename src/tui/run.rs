@@ -9,14 +9,17 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use crossterm::event::{self, Event};
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use ratatui::buffer::Buffer;
 use ratatui::layout::Rect;
 
 use super::model::Model;
-use super::terminal::Screen;
+use super::terminal::{self, Screen};
 use super::theme::{Look, Theme};
 use super::update::{Effect, Msg, update};
 use super::view;
@@ -25,7 +28,8 @@ use crate::signals::Signals;
 use crate::text::escape_path;
 
 /// The signals that the dashboard takes as events.
-pub const SIGNALS: [Signal; 4] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM, Signal::SIGWINCH];
+pub const SIGNALS: [Signal; 6] =
+    [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM, Signal::SIGWINCH, Signal::SIGTSTP, Signal::SIGCONT];
 
 /// Why the dashboard ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +56,9 @@ pub enum RunError {
     SamplerEnded,
 }
 
+/// How often the clock is looked at, in milliseconds.
+const CLOCK: u16 = 1000;
+
 /// After the terminal has gone, this long is left for an orderly end.
 const GRACE: Duration = Duration::from_millis(700);
 
@@ -63,8 +70,11 @@ pub fn run(options: &Options, look: Look, signals: Signals) -> Result<End, RunEr
     let mut sampler = Sampler::start(options)?;
     let title = options.paths.iter().map(|p| escape_path(p).into_owned()).collect::<Vec<_>>().join(" ");
     let mut screen = Screen::take_over()?;
-    let size = crossterm::terminal::size()?;
-    let mut model = Model::new(title, options.interval, size);
+    let mut model = Model::new(title, options.interval, terminal::size(&screen), Timestamp::now(), TimeZone::system());
+    if look.mouse {
+        model.mouse = true;
+        screen.listen_to_mouse(true)?;
+    }
     let result = turn(&mut model, &Theme::new(look), &mut sampler, &mut screen, signals);
     drop(screen);
     result
@@ -121,7 +131,7 @@ fn turn(
                 PollFd::new(sampler.bell(), PollFlags::POLLIN),
                 PollFd::new(screen.as_fd(), out),
             ];
-            match poll(&mut fds, PollTimeout::NONE) {
+            match poll(&mut fds, CLOCK) {
                 Ok(_) => {}
                 Err(Errno::EINTR) => continue,
                 Err(e) => return Err(io::Error::from(e).into()),
@@ -140,20 +150,30 @@ fn turn(
                 other => other?,
             }
         }
+        let (was_stale, idle) = (model.staleness(), !(keys || signalled || rung));
+        update(model, Msg::Clock { now: Timestamp::now(), looked_at: sampler.looked_at() });
+        // Time alone changes nothing on the screen, but for what tells of time.
+        stale |= idle && (model.frozen.is_some() || model.staleness() != was_stale);
         let mut messages = Vec::new();
         while let Some(signal) = signalled.then(|| signals.next()).flatten() {
             match signal {
-                Signal::SIGWINCH => {
-                    let (columns, rows) = crossterm::terminal::size()?;
-                    messages.push(Msg::Size(columns, rows));
+                Signal::SIGWINCH => messages.push(size_of(screen)),
+                Signal::SIGTSTP => suspend(screen, model)?,
+                // After a stop that was not ours the shell has changed the modes, and perhaps the size.
+                Signal::SIGCONT => {
+                    screen.take_again(model.mouse)?;
+                    messages.push(size_of(screen));
                 }
                 ending => return Ok(End::Signal(ending)),
             }
         }
         while keys && event::poll(Duration::ZERO)? {
-            // A paste is no command, and sizes come with their signal.
-            if let Event::Key(key) = event::read()? {
-                messages.push(Msg::Key(key));
+            match event::read()? {
+                Event::Key(key) => messages.push(Msg::Key(key)),
+                Event::Mouse(mouse) => messages.push(Msg::Mouse(mouse)),
+                Event::Paste(text) => messages.push(Msg::Paste(text)),
+                // Sizes come with their signal.
+                Event::Resize(..) | Event::FocusGained | Event::FocusLost => {}
             }
         }
         if rung {
@@ -171,12 +191,28 @@ fn turn(
                     Effect::Quit => return Ok(End::Quit),
                     Effect::LookNow => sampler.look_now(),
                     Effect::Redraw => screen.redraw(),
+                    Effect::Suspend => suspend(screen, model)?,
+                    Effect::SetInterval(interval) => sampler.set_interval(interval),
+                    Effect::Copy(text) => screen.copy(&text)?,
+                    Effect::Mouse(on) => screen.listen_to_mouse(on)?,
                 }
             }
         }
         #[cfg(debug_assertions)]
         panic_if_asked(model);
     }
+}
+
+fn size_of(screen: &Screen) -> Msg {
+    let (columns, rows) = terminal::size(screen);
+    Msg::Size(columns, rows)
+}
+
+/// Gives the terminal to the shell and stops; goes on when the shell has us continue.
+fn suspend(screen: &mut Screen, model: &Model) -> io::Result<()> {
+    terminal::give_back();
+    kill(Pid::this(), Signal::SIGSTOP)?;
+    screen.take_again(model.mouse)
 }
 
 /// The terminal is gone: a write says so by one of these.

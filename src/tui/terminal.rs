@@ -11,6 +11,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crossterm::clipboard::CopyToClipboard;
 use crossterm::cursor::{Hide, Show};
 use crossterm::event::{DisableBracketedPaste, EnableBracketedPaste};
 use crossterm::style::ResetColor;
@@ -23,6 +24,12 @@ use ratatui::layout::Rect;
 
 /// Whether the terminal is to be given back: set before it is taken, so that the panic hook knows.
 static TAKEN: AtomicBool = AtomicBool::new(false);
+
+/// Whether the mouse is listened to, so that it is given back too.
+static MOUSE: AtomicBool = AtomicBool::new(false);
+/// Clicks and the wheel (1000) in the form without a limit of 223 columns (1006); no movements.
+const MOUSE_ON: &[u8] = b"\x1b[?1000h\x1b[?1006h";
+const MOUSE_OFF: &[u8] = b"\x1b[?1006l\x1b[?1000l";
 
 /// How long a stalled terminal may hold up the end.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -43,6 +50,9 @@ pub(super) fn give_back() {
         return;
     }
     let mut bytes = Vec::new();
+    if MOUSE.swap(false, Ordering::SeqCst) {
+        bytes.extend(MOUSE_OFF);
+    }
     let queued = crossterm::queue!(bytes, DisableBracketedPaste, ResetColor, Show, LeaveAlternateScreen);
     if let (Ok(()), Ok(out)) = (queued, open_output()) {
         let deadline = Instant::now() + PATIENCE;
@@ -81,6 +91,16 @@ fn open_output() -> io::Result<File> {
         .or_else(|_| io::stdout().as_fd().try_clone_to_owned().map(File::from))
 }
 
+/// Columns and rows of a terminal, by ioctl: nothing is ever asked of the terminal itself. A serial line that does not
+/// know its size counts as 80x24.
+pub(super) fn size(terminal: impl AsFd) -> (u16, u16) {
+    match rustix::termios::tcgetwinsize(terminal) {
+        // No screen is larger than this; a terminal that says so would cost gigabytes.
+        Ok(size) if size.ws_col > 0 && size.ws_row > 0 => (size.ws_col.min(1000), size.ws_row.min(500)),
+        _ => (80, 24),
+    }
+}
+
 impl Screen {
     /// Takes the terminal over, guard and panic hook first.
     pub(super) fn take_over() -> io::Result<Self> {
@@ -90,12 +110,50 @@ impl Screen {
             give_back();
             hook(info);
         }));
-        let out = open_output()?;
-        let mut screen = Self { out, pending: Vec::new(), shown: Buffer::empty(Rect::ZERO), redraw: true };
+        let mut screen =
+            Self { out: open_output()?, pending: Vec::new(), shown: Buffer::empty(Rect::ZERO), redraw: true };
+        screen.enter()?;
+        Ok(screen)
+    }
+
+    fn enter(&mut self) -> io::Result<()> {
         TAKEN.store(true, Ordering::SeqCst);
         terminal::enable_raw_mode()?;
-        crossterm::queue!(screen.pending, EnterAlternateScreen, Hide, EnableBracketedPaste)?;
-        Ok(screen)
+        crossterm::queue!(self.pending, EnterAlternateScreen, Hide, EnableBracketedPaste)?;
+        self.redraw = true;
+        Ok(())
+    }
+
+    /// Takes the terminal again after the shell had it.
+    pub(super) fn take_again(&mut self, mouse: bool) -> io::Result<()> {
+        // What crossterm believes of the modes is from before: it must set them anew.
+        terminal::disable_raw_mode()?;
+        self.pending.clear();
+        self.enter()?;
+        if mouse { self.listen_to_mouse(true) } else { Ok(()) }
+    }
+
+    /// Has the terminal send clicks and the wheel, or no longer.
+    pub(super) fn listen_to_mouse(&mut self, on: bool) -> io::Result<()> {
+        MOUSE.store(on, Ordering::SeqCst);
+        self.pending.extend(if on { MOUSE_ON } else { MOUSE_OFF });
+        self.flush()
+    }
+
+    /// Puts text on the clipboard of the operator's own terminal, through ssh and tmux (OSC 52).
+    pub(super) fn copy(&mut self, text: &str) -> io::Result<()> {
+        let mut plain = Vec::new();
+        crossterm::queue!(plain, CopyToClipboard::to_clipboard_from(text))?;
+        self.pending.extend(&plain);
+        if std::env::var_os("TMUX").is_some() {
+            // tmux may keep it to itself; wrapped, and with each ESC doubled, it goes on to the terminal outside.
+            self.pending.extend(b"\x1bPtmux;");
+            for byte in plain {
+                self.pending.extend(std::iter::repeat_n(byte, if byte == 0x1b { 2 } else { 1 }));
+            }
+            self.pending.extend(b"\x1b\\");
+        }
+        self.flush()
     }
 
     /// Writes every cell with the next frame, whatever is there.

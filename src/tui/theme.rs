@@ -11,6 +11,8 @@ pub struct Look {
     pub color: bool,
     /// Nothing but ASCII.
     pub ascii: bool,
+    /// The mouse is listened to from the start.
+    pub mouse: bool,
 }
 
 /// The styles and characters of a screen.
@@ -34,12 +36,22 @@ pub struct Theme {
     pub key: Style,
     /// Laid over the selected row.
     pub selected: Style,
+    /// The name of the shown panel.
+    pub tab: Style,
+    /// The banner of a frozen screen.
+    pub frozen: Style,
     /// A rule between panels.
     pub rule: &'static str,
     /// Where something is cut out.
     pub cut: &'static str,
     /// Between items of a line.
     pub dot: &'static str,
+    /// Sorted in the usual direction.
+    pub down: &'static str,
+    /// Sorted the other way round.
+    pub up: &'static str,
+    /// In front of a backing file.
+    pub below: &'static str,
     /// Nothing but ASCII.
     pub ascii: bool,
 }
@@ -61,9 +73,14 @@ impl Theme {
             danger: color(bold.add_modifier(Modifier::REVERSED), Color::Red),
             key: bold,
             selected: plain.add_modifier(Modifier::REVERSED),
+            tab: bold.add_modifier(Modifier::REVERSED),
+            frozen: color(bold.add_modifier(Modifier::REVERSED), Color::Blue),
             rule: if look.ascii { "-" } else { "─" },
             cut: if look.ascii { ".." } else { "…" },
             dot: if look.ascii { " | " } else { " · " },
+            down: if look.ascii { "v" } else { "▼" },
+            up: if look.ascii { "^" } else { "▲" },
+            below: if look.ascii { "`-" } else { "└" },
             ascii: look.ascii,
         }
     }

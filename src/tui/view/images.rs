@@ -4,12 +4,14 @@ use ratatui::buffer::Buffer;
 use ratatui::layout::Rect;
 use ratatui::style::Style;
 
-use super::{Model, Piece, Theme, put};
+use super::frame::short_path;
+use super::{HEAD_ROWS, Model, Piece, Theme, mark_selected, put};
 use crate::linux::descriptors::OpenMode;
 use crate::monitor::snapshot::{ByteState, ByteView, Image, Verdict};
 use crate::monitor::wording::{byte_mark, format_text, holders_text, role_text, size_text};
 use crate::protocol::Permission;
-use crate::text::{cut_middle, escape_path, pad_end, pad_start, to_ascii, width};
+use crate::text::{cut_middle, pad_end, pad_start, to_ascii, width};
+use crate::tui::sort::{Column, Order};
 
 /// Which columns there is room for.
 struct Columns {
@@ -43,15 +45,18 @@ impl Columns {
 }
 
 pub(super) fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect) {
-    let images = model.images();
+    let images: Vec<&Image> = (0..model.rows.len()).filter_map(|row| model.image_at(row)).collect();
     let names: Vec<String> = images.iter().map(|i| short_name(model, theme, i)).collect();
     let longest = names.iter().map(|n| width(n)).max().unwrap_or_default();
     let columns = Columns::of(area.width, longest);
-    head(&columns, theme, buffer, area);
-    let body = Rect { y: area.y + 2, height: area.height.saturating_sub(2), ..area };
+    head(model, &columns, theme, buffer, area);
+    let body = Rect { y: area.y + HEAD_ROWS, height: area.height.saturating_sub(HEAD_ROWS), ..area };
     if images.is_empty() {
-        let text =
-            if model.snapshot.is_none() { "" } else { "  no images here yet: they show as soon as there are some" };
+        let text = match (&model.snapshot, model.filter.is_active()) {
+            (None, _) => "",
+            (Some(_), true) => "  no image fits the filter: Esc clears it",
+            (Some(_), false) => "  no images here yet: they show as soon as there are some",
+        };
         put(buffer, theme, body, 0, &[(text.into(), theme.dim)]);
         return;
     }
@@ -59,40 +64,44 @@ pub(super) fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect
     let rows = images.iter().zip(&names).enumerate().skip(model.top).take(body.height.into());
     for (screen_row, (row, (image, name))) in (0u16..).zip(rows) {
         let is_selected = selected == Some(row);
-        let pieces = cells(&columns, theme, image, name, is_selected);
-        put(buffer, theme, body, screen_row, &pieces);
+        put(buffer, theme, body, screen_row, &cells(&columns, theme, image, name, is_selected));
         if is_selected {
-            let line = Rect { y: body.y + screen_row, height: 1, ..body };
-            buffer.set_style(line, theme.selected);
+            mark_selected(buffer, theme, body, screen_row);
         }
     }
 }
 
-/// The name below the directory that is watched, if there is only one.
 fn short_name(model: &Model, theme: &Theme, image: &Image) -> String {
-    let below = image.path.strip_prefix(&model.title).ok().filter(|p| !p.as_os_str().is_empty());
-    let name = escape_path(below.unwrap_or(&image.path));
-    if theme.ascii { to_ascii(&name).into_owned() } else { name.into_owned() }
+    let name = short_path(model, image);
+    if theme.ascii { to_ascii(&name).into_owned() } else { name }
 }
 
-fn head(columns: &Columns, theme: &Theme, buffer: &mut Buffer, area: Rect) {
+fn head(model: &Model, columns: &Columns, theme: &Theme, buffer: &mut Buffer, area: Rect) {
     let letters: Vec<String> = Permission::ALL.iter().map(|p| p.letter().to_uppercase().to_string()).collect();
     let (row, permission, gap) =
         if columns.spaced { (letters.join(" "), "PERMISSION", "  ") } else { (letters.concat(), "PERM ", " ") };
     let between = if columns.spaced { "   " } else { " " };
     let before = 1 + columns.name + 2 + if columns.facts { FORMAT + SIZE + 3 } else { 0 };
-    let sides = format!("{}{permission}{gap}UNSHARE", " ".repeat(before));
+    // The column that the rows are sorted by carries an arrow.
+    let arrow = |column: Column| match model.order_of(column) {
+        Some(Order::Usual) => theme.down,
+        Some(Order::Reversed) => theme.up,
+        None => "",
+    };
+    let named = |name: &str, column: Column| format!("{name}{}", arrow(column));
+    let sides = format!("{}{permission}{gap}UNSHARE{}", " ".repeat(before), arrow(Column::Bytes));
     put(buffer, theme, area, 0, &[(sides.into(), theme.dim)]);
-    let mut text = format!(" {}  ", pad_end("IMAGE", columns.name));
+    let mut text = format!(" {}  ", pad_end(&named("IMAGE", Column::Image), columns.name));
     if columns.facts {
-        text += &format!("{} {}  ", pad_end("FORMAT", FORMAT), pad_start("SIZE", SIZE));
+        let (format, size) = (named("FORMAT", Column::Format), named("SIZE", Column::Size));
+        text += &format!("{} {}  ", pad_end(&format, FORMAT), pad_start(&size, SIZE));
     }
     text += &format!("{row}{between}{row}");
     if columns.role > 0 {
-        text += &format!("  {}", pad_end("ROLE", columns.role));
+        text += &format!("  {}", pad_end(&named("ROLE", Column::Role), columns.role));
     }
     if columns.holders {
-        text += "  HOLDERS";
+        text += &format!("  {}", named("HOLDERS", Column::Holders));
     }
     put(buffer, theme, area, 1, &[(pad_end(&text, area.width.into()).into(), theme.heading)]);
 }

@@ -2,9 +2,12 @@
 //!
 //! Model in, cells out; a file a panel. Nothing here decides anything.
 
-mod detail;
-mod help;
+mod frame;
 mod images;
+mod overlay;
+mod panels;
+mod processes;
+mod what_if;
 
 use std::borrow::Cow;
 
@@ -13,24 +16,33 @@ use ratatui::layout::Rect;
 use ratatui::style::Style;
 use ratatui::text::{Line, Span};
 
-use super::keymap::KEYMAP;
-use super::model::Model;
+use super::model::{Model, Panel, Table};
 use super::theme::Theme;
-use crate::monitor::finding::Severity;
-use crate::monitor::snapshot::{Image, Verdict};
-use crate::text::{counted, cut_end, cut_middle, escape, to_ascii, width};
+use crate::text::{cut_end, to_ascii, width};
 
 /// The smallest terminal that shows anything but a sentence.
 pub const SMALLEST: (u16, u16) = (40, 10);
-const HEAD_ROWS: u16 = 3;
-const BAR_ROWS: u16 = 1;
+/// The two rows of headings above a table.
+const HEAD_ROWS: u16 = 2;
 
-/// Where the panels are.
+/// Where everything is.
 struct Places {
     title: Rect,
-    table: Rect,
-    detail: Option<Rect>,
+    /// What must not be overlooked: frozen, or the worst finding.
+    banner: Option<Rect>,
+    table: Option<Rect>,
+    panel: Option<Rect>,
+    filter: Option<Rect>,
     bar: Rect,
+}
+
+/// What a click is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A row of the table.
+    Row(usize),
+    /// The name of a panel.
+    Panel(Panel),
 }
 
 fn places(model: &Model) -> Option<Places> {
@@ -38,24 +50,62 @@ fn places(model: &Model) -> Option<Places> {
     if columns < SMALLEST.0 || rows < SMALLEST.1 {
         return None;
     }
-    let room = rows - BAR_ROWS - 1;
+    let strip = |y, height| Rect::new(0, y, columns, height);
+    let banner = frame::has_banner(model);
+    let filter = model.typing || model.filter.is_active();
+    let first = 1 + u16::from(banner);
+    let room = rows - first - 1 - u16::from(filter);
     // The table gets what it needs, at most what leaves half of a small screen or a dozen rows of a large one for the
     // panel below. What the panel says does not move the rule between them.
-    let needs = u16::try_from(model.images().len()).unwrap_or(u16::MAX).max(1).saturating_add(HEAD_ROWS - 1);
-    let table = if rows < 16 { room } else { needs.min((room / 2).max(room.saturating_sub(12))) };
-    let detail = room - table;
+    let needs = u16::try_from(model.row_count()).unwrap_or(u16::MAX).max(1).saturating_add(HEAD_ROWS);
+    let table = match (model.zoomed, rows < 16) {
+        (true, _) => 0,
+        (false, true) => room,
+        (false, false) => needs.min((room / 2).max(room.saturating_sub(13))),
+    };
     Some(Places {
-        title: Rect::new(0, 0, columns, 1),
-        table: Rect::new(0, 1, columns, table),
-        detail: (detail > 0).then(|| Rect::new(0, 1 + table, columns, detail)),
-        bar: Rect::new(0, rows - 1, columns, 1),
+        title: strip(0, 1),
+        banner: banner.then(|| strip(1, 1)),
+        table: (table > 0).then(|| strip(first, table)),
+        panel: (table < room).then(|| strip(first + table, room - table)),
+        filter: filter.then(|| strip(rows - 2, 1)),
+        bar: strip(rows - 1, 1),
     })
 }
 
-/// How many images the table can show at once.
+/// How many rows the table can show at once.
 #[must_use]
 pub fn table_rows(model: &Model) -> usize {
-    places(model).map_or(0, |p| usize::from(p.table.height.saturating_sub(HEAD_ROWS - 1)))
+    let height = places(model).and_then(|p| p.table).map_or(0, |t| t.height);
+    height.saturating_sub(HEAD_ROWS).into()
+}
+
+/// How far a key for a whole page goes.
+#[must_use]
+pub fn page(model: &Model) -> usize {
+    if model.zoomed { panel_room(model) } else { table_rows(model) }
+}
+
+/// Lines that the panel has room for, below its rule.
+fn panel_room(model: &Model) -> usize {
+    places(model).and_then(|p| p.panel).map_or(0, |p| p.height.saturating_sub(1).into())
+}
+
+/// The last line at which a panel may begin and still fill its room.
+#[must_use]
+pub fn lowest_scroll(model: &Model) -> usize {
+    if model.scroll == 0 { 0 } else { panels::line_count(model).saturating_sub(panel_room(model)) }
+}
+
+/// What is at this place of the screen.
+#[must_use]
+pub fn target(model: &Model, column: u16, row: u16) -> Option<Target> {
+    let places = places(model)?;
+    if let Some(table) = places.table.filter(|t| row >= t.y + HEAD_ROWS && row < t.bottom()) {
+        let at = model.top + usize::from(row - table.y - HEAD_ROWS);
+        return (at < model.row_count()).then_some(Target::Row(at));
+    }
+    places.panel.filter(|p| row == p.y).and_then(|_| panels::tab_at(column)).map(Target::Panel)
 }
 
 /// Draws the whole screen.
@@ -64,40 +114,60 @@ pub fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer) {
         too_small(model, theme, buffer);
         return;
     };
-    title(model, theme, buffer, places.title);
-    if model.help {
-        let all = Rect::new(0, 1, model.size.0, model.size.1 - 1 - BAR_ROWS);
-        help::draw(theme, buffer, all);
-    } else {
-        images::draw(model, theme, buffer, places.table);
-        if let Some(area) = places.detail {
-            detail::draw(model, theme, buffer, area);
+    frame::title(model, theme, buffer, places.title);
+    if let Some(area) = places.banner {
+        frame::banner(model, theme, buffer, area);
+    }
+    if let Some(area) = places.table {
+        match model.table {
+            Table::Images => images::draw(model, theme, buffer, area),
+            Table::Processes => processes::draw(model, theme, buffer, area),
         }
     }
-    bar(theme, buffer, places.bar);
+    if let Some(area) = places.panel {
+        panels::draw(model, theme, buffer, area);
+    }
+    if model.overlay.is_some() {
+        let top = places.title.bottom();
+        overlay::draw(model, theme, buffer, Rect::new(0, top, model.size.0, places.bar.y - top));
+    }
+    if let Some(area) = places.filter {
+        frame::filter(model, theme, buffer, area);
+    }
+    frame::bar(model, theme, buffer, places.bar);
 }
 
 /// One plain sentence, over as many rows as it takes.
 fn too_small(model: &Model, theme: &Theme, buffer: &mut Buffer) {
     let ((columns, rows), (least_columns, least_rows)) = (model.size, SMALLEST);
     let sentence = format!("{columns}x{rows} is too small: qlock-top needs {least_columns}x{least_rows}");
-    let mut lines = vec![String::new()];
-    for word in sentence.split(' ') {
-        if let Some(line) = lines.last_mut().filter(|l| l.is_empty() || l.len() + 1 + word.len() <= columns.into()) {
-            if !line.is_empty() {
-                line.push(' ');
-            }
-            line.push_str(word);
-        } else {
-            lines.push(word.to_owned());
-        }
-    }
-    for (row, line) in (0u16..).zip(lines) {
+    for (row, line) in (0u16..).zip(wrap(&sentence, columns.into())) {
         put(buffer, theme, buffer.area, row, &[(line.into(), theme.text)]);
     }
 }
 
+/// `text` in lines of at most `columns` columns, broken at spaces where there are any.
+fn wrap(text: &str, columns: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        match lines.last_mut() {
+            Some(line) if line.is_empty() => line.push_str(word),
+            Some(line) if width(line) + 1 + width(word) <= columns => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
 type Piece<'a> = (Cow<'a, str>, Style);
+
+/// A piece of text that is made while drawing.
+fn piece<'a>(text: impl Into<Cow<'a, str>>, style: Style) -> Piece<'a> {
+    (text.into(), style)
+}
 
 /// Writes pieces of text into row `row` of `area`, cut at its end.
 fn put(buffer: &mut Buffer, theme: &Theme, area: Rect, row: u16, pieces: &[Piece]) {
@@ -115,56 +185,7 @@ fn put(buffer: &mut Buffer, theme: &Theme, area: Rect, row: u16, pieces: &[Piece
     buffer.set_line(area.x, area.y + row, &Line::from(spans), area.width);
 }
 
-fn title(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect) {
-    let Some(snapshot) = &model.snapshot else {
-        let text = format!(" qlock-top  {}   looking ..", escape(&model.title));
-        put(buffer, theme, area, 0, &[(text.into(), theme.title)]);
-        return;
-    };
-    let images = &snapshot.images;
-    let in_use = images.iter().filter(|i| i.verdict != Verdict::Free || !i.openers.is_empty()).count();
-    let severity = |s| move |i: &&Image| i.findings.iter().any(|f| f.severity == s);
-    let dangers = images.iter().filter(severity(Severity::Danger)).count();
-    let unclear = images.iter().filter(|i| !i.verdict.is_certain()).count();
-    let mut counts = vec![(counted(images.len(), "image", "images"), theme.title)];
-    counts.push((format!("{in_use} in use"), theme.title));
-    if dangers > 0 {
-        counts.push((counted(dangers, "danger", "dangers"), theme.danger));
-    }
-    if unclear > 0 {
-        counts.push((format!("{unclear} unclear"), theme.warning));
-    }
-    let mut right = vec![format!("{} s", model.interval.as_secs_f64())];
-    if snapshot.hidden_processes > 0 {
-        right.push(format!("{} hidden", counted(snapshot.hidden_processes, "process", "processes")));
-    } else if !snapshot.complete {
-        right.push("incomplete".to_owned());
-    }
-    let right = right.join(theme.dot);
-    let counted_width = counts.iter().map(|(c, _)| width(c) + width(theme.dot)).sum::<usize>();
-    let rest = usize::from(area.width).saturating_sub(counted_width + width(&right) + 4);
-    let name = format!(" qlock-top  {}:{}", escape(&snapshot.host), escape(&model.title));
-    let name = if theme.ascii { to_ascii(&name).into_owned() } else { name };
-    let name = cut_middle(&name, rest.max(10), theme.cut).into_owned();
-    let mut pieces: Vec<Piece> = vec![(name.into(), theme.title), ("   ".into(), theme.text)];
-    for (i, (text, style)) in counts.into_iter().enumerate() {
-        if i > 0 {
-            pieces.push((theme.dot.into(), theme.dim));
-        }
-        pieces.push((text.into(), style));
-    }
-    let used: usize = pieces.iter().map(|(t, _)| width(t)).sum();
-    let gap = usize::from(area.width).saturating_sub(used + width(&right) + 1);
-    pieces.push((" ".repeat(gap).into(), theme.text));
-    pieces.push((right.into(), if snapshot.complete { theme.dim } else { theme.warning }));
-    put(buffer, theme, area, 0, &pieces);
-}
-
-fn bar(theme: &Theme, buffer: &mut Buffer, area: Rect) {
-    let mut pieces: Vec<Piece> = Vec::new();
-    for binding in KEYMAP.iter().filter(|b| !b.name.is_empty()) {
-        pieces.push((format!(" {}", binding.label).into(), theme.key));
-        pieces.push((format!(" {} ", binding.name).into(), theme.dim));
-    }
-    put(buffer, theme, area, 0, &pieces);
+/// Lays the style of the selection over a row.
+fn mark_selected(buffer: &mut Buffer, theme: &Theme, area: Rect, row: u16) {
+    buffer.set_style(Rect { y: area.y + row, height: 1, ..area }, theme.selected);
 }

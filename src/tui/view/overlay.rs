@@ -1,0 +1,120 @@
+//! The lists that lie over the tables: keys and marks, findings, things to copy.
+
+use ratatui::buffer::Buffer;
+use ratatui::layout::Rect;
+
+use super::frame::short_path;
+use super::{Model, Piece, Theme, mark_selected, piece, put};
+use crate::monitor::finding::Severity;
+use crate::text::{pad_end, width};
+use crate::tui::clip::clips;
+use crate::tui::keymap::KEYMAP;
+use crate::tui::model::Overlay;
+
+const MARKS: [(&str, &str); 6] = [
+    (".", "free: nobody on any host holds the byte"),
+    ("#", "held by one process; 2 to 9: by so many, + by more"),
+    ("!", "held, but nobody can be named"),
+    ("?", "cannot be told"),
+    ("C W U R", "consistent read, write, write unchanged, resize"),
+    ("G", "graph-mod: QEMU 6.2 and older only"),
+];
+
+pub(super) fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect) {
+    for y in area.top()..area.bottom() {
+        for x in area.left()..area.right() {
+            buffer[(x, y)].reset();
+        }
+    }
+    match model.overlay {
+        Some(Overlay::Help) => help(theme, buffer, area),
+        Some(Overlay::Findings(row)) => findings(model, theme, buffer, area, row),
+        Some(Overlay::Copy(row)) => copies(model, theme, buffer, area, row),
+        None => {}
+    }
+}
+
+/// Keys in as many columns as fit, then the marks.
+fn help(theme: &Theme, buffer: &mut Buffer, area: Rect) {
+    let entry = |key: &str, text: &'static str| {
+        vec![piece(format!(" {}", pad_end(key, 10)), theme.key), piece(text, theme.text)]
+    };
+    let keys = KEYMAP.iter().filter(|b| !b.help.is_empty()).map(|b| entry(b.label, b.help));
+    let heading = |text: &'static str| vec![piece(text, theme.heading)];
+    let mut lines: Vec<Vec<Piece>> = vec![heading(" Keys")];
+    lines.extend(keys);
+    lines.push(heading(" Marks"));
+    lines.extend(MARKS.iter().map(|(mark, text)| entry(mark, text)));
+    let height = usize::from(area.height).max(1);
+    let columns = lines.len().div_ceil(height).max(1);
+    let width = usize::from(area.width) / columns;
+    if width < 38 {
+        // Too narrow for columns: as much as fits, the keys first.
+        for (row, pieces) in (0u16..area.height).zip(&lines) {
+            put(buffer, theme, area, row, pieces);
+        }
+        return;
+    }
+    for (i, column) in lines.chunks(height).enumerate() {
+        let x = u16::try_from(i * width).unwrap_or(u16::MAX);
+        let column_width = u16::try_from(width - 1).unwrap_or(area.width);
+        let place = Rect { x: area.x + x, width: column_width, ..area };
+        for (row, pieces) in (0u16..).zip(column) {
+            put(buffer, theme, place, row, pieces);
+        }
+    }
+}
+
+fn findings(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect, selected: usize) {
+    let all = model.findings();
+    put(buffer, theme, area, 0, &[piece(format!(" {} findings, worst first", all.len()), theme.heading)]);
+    let body = Rect { y: area.y + 1, height: area.height.saturating_sub(1), ..area };
+    if all.is_empty() {
+        put(buffer, theme, body, 0, &[piece(" nothing to report", theme.dim)]);
+    }
+    let top = (selected + 1).saturating_sub(body.height.into());
+    for (row, (i, (image, finding))) in (0u16..body.height).zip(all.iter().enumerate().skip(top)) {
+        let (word, style) = match finding.severity {
+            Severity::Danger => ("DANGER ", theme.danger),
+            Severity::Warning => ("warning", theme.warning),
+            Severity::Note => ("note   ", theme.dim),
+        };
+        let about = image.map(|i| format!("{}: ", short_path(model, i))).unwrap_or_default();
+        let mark = if i == selected { ">" } else { " " };
+        let pieces = [piece(format!("{mark}{word}"), style), piece(format!(" {about}{}", finding.text), theme.text)];
+        put(buffer, theme, body, row, &pieces);
+        if i == selected {
+            mark_selected(buffer, theme, body, row);
+        }
+    }
+    // What did not fit in its row is told in full at the bottom.
+    if let Some((_, finding)) = all.get(selected).filter(|(_, f)| width(&f.text) + 20 > usize::from(area.width)) {
+        let lines = super::wrap(&finding.text, usize::from(area.width).saturating_sub(2));
+        let height = u16::try_from(lines.len()).unwrap_or(u16::MAX);
+        if usize::from(body.height) > all.len() + lines.len() {
+            let place = Rect { y: area.bottom() - height, height, ..area };
+            for (row, line) in (0u16..).zip(lines) {
+                put(buffer, theme, place, row, &[piece(format!(" {line}"), theme.text)]);
+            }
+        }
+    }
+}
+
+fn copies(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect, selected: usize) {
+    let heading = " Copy to the clipboard of your terminal (OSC 52); nothing is run";
+    put(buffer, theme, area, 0, &[piece(heading, theme.heading)]);
+    let body = Rect { y: area.y + 1, height: area.height.saturating_sub(1), ..area };
+    let clips = clips(model);
+    if clips.is_empty() {
+        put(buffer, theme, body, 0, &[piece(" no row is selected", theme.dim)]);
+    }
+    for (i, clip) in clips.iter().enumerate() {
+        let row = u16::try_from(2 * i).unwrap_or(u16::MAX);
+        let mark = if i == selected { ">" } else { " " };
+        put(buffer, theme, body, row, &[piece(format!("{mark}{} {}", i + 1, clip.name), theme.key)]);
+        put(buffer, theme, body, row.saturating_add(1), &[piece(format!("   {}", clip.text), theme.text)]);
+        if i == selected && row < body.height {
+            mark_selected(buffer, theme, body, row);
+        }
+    }
+}

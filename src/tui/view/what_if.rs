@@ -1,0 +1,48 @@
+//! The panel that says what would be refused now: a row a program, those that lose data first.
+
+use super::panels::Lines;
+use super::{Model, Theme, piece};
+use crate::monitor::snapshot::Image;
+use crate::monitor::what_if::{Outcome, WhatIf, what_if_all};
+use crate::monitor::wording::process_name;
+use crate::text::{escape_path, pad_end};
+
+pub(super) fn lines<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Lines<'a> {
+    let Some(snapshot) = &model.snapshot else { return Vec::new() };
+    let mut answers = what_if_all(snapshot, image);
+    let loses = |a: &WhatIf| a.overwrites_used_image || matches!(&a.outcome, Outcome::Refused(r) if r.destroys_image);
+    answers.sort_by_key(|a| (!loses(a), a.operation.name));
+    let heading = format!(" {} {} what it would be told now", pad_end("PROGRAM", 26), pad_end("", 8));
+    let mut lines = vec![vec![piece(heading, theme.heading)]];
+    for answer in &answers {
+        let name = pad_end(answer.operation.name, 26);
+        lines.push(match &answer.outcome {
+            Outcome::Granted if answer.overwrites_used_image => vec![
+                piece(format!(" {name} "), theme.text),
+                piece("GRANTED: IT WOULD OVERWRITE AN IMAGE THAT IS IN USE", theme.danger),
+            ],
+            Outcome::Granted => vec![piece(format!(" {name} "), theme.text), piece("granted", theme.dim)],
+            Outcome::Unknown(why) => {
+                vec![piece(format!(" {name} "), theme.text), piece(format!("cannot tell: {why}"), theme.warning)]
+            }
+            Outcome::Refused(refused) => {
+                let mut who: Vec<String> = refused.holders.iter().map(|h| process_name(&h.process)).collect();
+                who.dedup();
+                let who = if who.is_empty() { "somebody unknown".to_owned() } else { who.join(", ") };
+                let place = if refused.on_image == image.path {
+                    String::new()
+                } else {
+                    format!(" of {}", escape_path(&refused.on_image))
+                };
+                let text = format!(" {}   byte {}{place}, {who}", refused.sentence, refused.byte.offset());
+                let verdict = if refused.destroys_image {
+                    piece("REFUSED TOO LATE: THE IMAGE WOULD BE DELETED", theme.danger)
+                } else {
+                    piece("refused ", theme.held)
+                };
+                vec![piece(format!(" {name} "), theme.text), verdict, piece(text, theme.text)]
+            }
+        });
+    }
+    lines
+}
