@@ -114,6 +114,8 @@ fn every_size_down_to_one_cell_is_survived() {
     pty.resize(80, 24);
     pty.wait_for("Marks");
     pty.keys("\x0c\x1b");
+    pty.wait_for(">a.raw");
+    pty.keys("G");
     pty.wait_for(">c.raw");
     pty.keys("\x03");
     assert_eq!(pty.wait_for_end().code(), Some(0));

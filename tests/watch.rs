@@ -8,6 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::mpsc::{Receiver, channel};
+use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -49,16 +50,16 @@ impl Watch {
 
     /// The next event for which `test` is true; what comes before it is passed over.
     fn event(&self, what: &str, test: impl Fn(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + DEADLINE;
         let mut others = Vec::new();
-        let mut look = || match self.lines.recv_timeout(std::time::Duration::from_millis(50)) {
-            Ok(line) if test(&line) => Some(line),
-            Ok(line) => {
-                others.push(line["text"].to_string());
-                None
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) if test(&line) => return line,
+                Ok(line) => others.push(format!("{} {}", line["kind"], line["text"])),
+                Err(_) => panic!("waited in vain for {what}, saw {others:#?}"),
             }
-            Err(_) => None,
-        };
-        wait_for(what, &mut look)
+        }
     }
 }
 

@@ -5,6 +5,8 @@
 
 pub mod clip;
 pub mod filter;
+#[cfg(test)]
+mod golden;
 pub mod keymap;
 pub mod model;
 mod run;

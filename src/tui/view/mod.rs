@@ -18,7 +18,7 @@ use ratatui::text::{Line, Span};
 
 use super::model::{Model, Panel, Table};
 use super::theme::Theme;
-use crate::text::{cut_end, to_ascii, width};
+use crate::text::{cut_end, escape, to_ascii, width};
 
 /// The smallest terminal that shows anything but a sentence.
 pub const SMALLEST: (u16, u16) = (40, 10);
@@ -177,7 +177,9 @@ fn put(buffer: &mut Buffer, theme: &Theme, area: Rect, row: u16, pieces: &[Piece
     let mut room = usize::from(area.width);
     let mut spans = Vec::new();
     for (text, style) in pieces {
-        let text = if theme.ascii { to_ascii(text) } else { Cow::Borrowed(text.as_ref()) };
+        // What others wrote is escaped where it is put into words; this is the last door before the terminal.
+        let text = escape(text);
+        let text = if theme.ascii { Cow::Owned(to_ascii(&text).into_owned()) } else { text };
         let shown = cut_end(&text, room, theme.cut).into_owned();
         room -= width(&shown).min(room);
         spans.push(Span::styled(shown, *style));

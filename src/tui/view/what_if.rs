@@ -1,4 +1,4 @@
-//! The panel that says what would be refused now: a row a program, those that lose data first.
+//! The panel that says what would be refused now: a row a program; first those that lose data, then those that are refused.
 
 use super::panels::Lines;
 use super::{Model, Theme, piece};
@@ -11,7 +11,13 @@ pub(super) fn lines<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Li
     let Some(snapshot) = &model.snapshot else { return Vec::new() };
     let mut answers = what_if_all(snapshot, image);
     let loses = |a: &WhatIf| a.overwrites_used_image || matches!(&a.outcome, Outcome::Refused(r) if r.destroys_image);
-    answers.sort_by_key(|a| (!loses(a), a.operation.name));
+    let rank = |a: &WhatIf| match a.outcome {
+        _ if loses(a) => 0,
+        Outcome::Refused(_) => 1,
+        Outcome::Unknown(_) => 2,
+        Outcome::Granted => 3,
+    };
+    answers.sort_by_key(|a| (rank(a), a.operation.name));
     let heading = format!(" {} {} what it would be told now", pad_end("PROGRAM", 26), pad_end("", 8));
     let mut lines = vec![vec![piece(heading, theme.heading)]];
     for answer in &answers {
