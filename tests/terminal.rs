@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pty::Pty;
+use qlock::hold::HeldAccess;
 use support::{Images, have, holding, qemu_io, wait_for};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_qlock-top");
@@ -47,7 +48,7 @@ fn the_first_screen_shows_the_images_and_q_quits() {
     for text in
         ["qlock-top", "IMAGE", "a.raw", "b.raw", "c.raw", "0 in use", "? help", "1 Bytes", "204 denies graph-mod"]
     {
-        assert!(screen.contains(text), "{text} is missing:\n{screen}");
+        pty.wait_for(text);
     }
     assert!(pty.with_screen(|s| s.alternate_screen() && s.hide_cursor()));
     assert_ne!(pty.before.local_flags, pty.termios().local_flags, "raw mode");
@@ -218,9 +219,9 @@ fn without_colour_and_without_utf8_it_says_the_same() {
 #[test]
 fn the_demo_is_shown_and_cleaned_up() {
     let mut pty = Pty::start(PROGRAM, &["demo"], &[], 120, 40);
-    let screen = pty.wait_for("9 images");
+    let mut screen = pty.wait_for("9 images");
     for text in ["web01 (qemu-demo", "NBD export", "WRITER, NO LOCK", "backing"] {
-        assert!(screen.contains(text), "{text} is missing:\n{screen}");
+        screen = pty.wait_for(text);
     }
     let start = screen.find("/tmp/qlock-top-demo-").unwrap();
     let directory = screen[start..].split_whitespace().next().unwrap().to_owned();
@@ -229,4 +230,186 @@ fn the_demo_is_shown_and_cleaned_up() {
     assert_eq!(pty.wait_for_end().code(), Some(0));
     assert!(!std::path::Path::new(&directory).exists());
     assert_given_back(&pty);
+}
+
+#[test]
+fn five_seconds_without_a_change_are_five_seconds_without_a_byte() {
+    let images = three_images();
+    let pty = dashboard(&images, 120, 40);
+    pty.wait_for("3 images");
+    let mut count = pty.written();
+    wait_for("five seconds without a byte", || {
+        let since = Instant::now();
+        while since.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_millis(20));
+            if pty.written() != count {
+                count = pty.written();
+                return None;
+            }
+        }
+        Some(())
+    });
+}
+
+/// The writes to the terminal that strace has seen: their lengths.
+fn writes(log: &std::path::Path) -> Vec<usize> {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    // Frames begin with an escape sequence; a write to a pipe or an eventfd does not.
+    let frames = text.lines().filter(|l| l.contains("write(") && l.contains("\"\\33["));
+    frames.filter_map(|l| l.rsplit("= ").next()?.trim().parse().ok()).collect()
+}
+
+#[test]
+fn a_changed_row_is_one_write_of_at_most_300_bytes() {
+    if !have(&["strace"]) {
+        return;
+    }
+    let images = three_images();
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let arguments =
+        ["-f", "-qq", "-e", "trace=write", "-o", log.path().to_str().unwrap(), PROGRAM, images.dir().to_str().unwrap()];
+    let pty = Pty::start("strace", &arguments, &[], 120, 40);
+    pty.wait_for("3 images");
+    pty.wait_for("204 denies graph-mod");
+    pty.keys("j");
+    pty.wait_for(">b.raw");
+    let first = wait_for("the first two frames in the log", || Some(writes(log.path())).filter(|w| w.len() >= 2));
+    // Another row than the selected one, and the first: it stays where it is, and besides it only the count changes.
+    let held = HeldAccess::acquire(&images.path("a.raw"), "cw/w".parse().unwrap()).unwrap();
+    pty.wait_for("1 in use");
+    pty.wait_for("VM disk");
+    drop(held);
+    pty.wait_for("0 in use");
+    let all = wait_for("the frames in the log", || Some(writes(log.path())).filter(|w| w.len() >= first.len() + 2));
+    let frames = &all[first.len()..];
+    assert!(frames.iter().all(|n| *n <= 300), "{frames:?}");
+    assert!(frames.len() <= 6, "a frame is one write: {frames:?}");
+}
+
+#[test]
+fn a_reader_that_stalls_stops_no_look_and_costs_no_memory() {
+    let images = three_images();
+    let pty = dashboard(&images, 120, 40);
+    pty.wait_for("3 images");
+    let memory = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", pty.running.pid())).unwrap();
+        let line = status.lines().find(|l| l.starts_with("VmRSS:")).unwrap().to_owned();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+    };
+    pty.stalled.store(true, Ordering::SeqCst);
+    let before = memory();
+    // Ten seconds of changes that nobody reads; the lock is seen all the same, by the file's own answer.
+    let since = Instant::now();
+    let mut rounds = 0;
+    while since.elapsed() < Duration::from_secs(10) {
+        let held = HeldAccess::acquire(&images.path("c.raw"), "cw/w".parse().unwrap()).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        drop(held);
+        pty.resize(if rounds % 2 == 0 { 119 } else { 120 }, 40);
+        rounds += 1;
+    }
+    assert!(memory() < before + 8 * 1024, "{} kB before, {} kB after {rounds} rounds", before, memory());
+    let held = HeldAccess::acquire(&images.path("b.raw"), "cw/w".parse().unwrap()).unwrap();
+    pty.stalled.store(false, Ordering::SeqCst);
+    pty.resize(120, 40);
+    pty.keys("\x0c");
+    pty.wait_for("1 in use");
+    drop(held);
+}
+
+#[test]
+fn the_shell_gets_the_terminal_while_it_is_stopped() {
+    let images = three_images();
+    for by_key in [true, false] {
+        let mut pty = dashboard(&images, 80, 24);
+        pty.wait_for("3 images");
+        let pid = Pid::from_raw(pty.running.pid());
+        if by_key {
+            pty.keys("\x1a");
+        } else {
+            kill(pid, Signal::SIGTSTP).unwrap();
+        }
+        let state = || {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+            stat.rsplit(')').next().unwrap().trim().chars().next().unwrap()
+        };
+        wait_for("the stop", || (state() == 'T').then_some(()));
+        assert_given_back(&pty);
+        kill(pid, Signal::SIGCONT).unwrap();
+        wait_for("the screen again", || pty.with_screen(|s| s.alternate_screen() && s.hide_cursor()).then_some(()));
+        pty.wait_for("3 images");
+        assert_ne!(pty.before.local_flags, pty.termios().local_flags, "raw mode");
+        pty.keys("j");
+        pty.wait_for(">b.raw");
+        pty.keys("q");
+        assert_eq!(pty.wait_for_end().code(), Some(0));
+        assert_given_back(&pty);
+    }
+}
+
+#[test]
+fn a_hangup_ends_the_demo_and_cleans_up() {
+    let mut pty = Pty::start(PROGRAM, &["demo"], &[], 120, 40);
+    let screen = pty.wait_for("9 images");
+    let start = screen.find("/tmp/qlock-top-demo-").unwrap();
+    let directory = screen[start..].split_whitespace().next().unwrap().to_owned();
+    pty.hang_up();
+    pty.wait_for_end();
+    assert!(!std::path::Path::new(&directory).exists());
+}
+
+#[test]
+fn without_sighup_it_still_notices_that_the_terminal_is_gone() {
+    let images = three_images();
+    // As under nohup: the signal is ignored, only the terminal itself tells.
+    let script = format!("trap '' HUP; exec {PROGRAM} {}", images.dir().display());
+    let mut pty = Pty::start("sh", &["-c", &script], &[], 80, 24);
+    pty.wait_for("3 images");
+    pty.hang_up();
+    pty.wait_for_end();
+}
+
+#[test]
+fn the_mouse_is_off_until_it_is_asked_for() {
+    let images = three_images();
+    let mut pty = dashboard(&images, 80, 24);
+    pty.wait_for("3 images");
+    let mode = |pty: &Pty| pty.with_screen(|s| (s.mouse_protocol_mode(), s.mouse_protocol_encoding()));
+    assert_eq!(mode(&pty).0, vt100::MouseProtocolMode::None);
+    pty.keys("m");
+    wait_for("modes 1000 and 1006", || {
+        (mode(&pty) == (vt100::MouseProtocolMode::PressRelease, vt100::MouseProtocolEncoding::Sgr)).then_some(())
+    });
+    // A click on the second row of the table.
+    pty.keys("\x1b[<0;5;5M\x1b[<0;5;5m");
+    pty.wait_for(">b.raw");
+    kill(Pid::from_raw(pty.running.pid()), Signal::SIGTERM).unwrap();
+    pty.wait_for_end();
+    assert_given_back(&pty);
+    wait_for("the mouse back", || (mode(&pty).0 == vt100::MouseProtocolMode::None).then_some(()));
+}
+
+#[test]
+fn hostile_names_are_drawn_harmlessly() {
+    let images = Images::new();
+    for name in ["a\nb.raw", "c\u{1b}[2J\u{1b}]0;x\u{7}.raw", "d\u{9b}31m.raw", "e\u{202e}f.raw", "g\u{200b}h.raw"] {
+        std::fs::write(images.dir().join(name), "x").unwrap();
+    }
+    let pty = dashboard(&images, 120, 40);
+    pty.wait_for("5 images");
+    for shown in ["a\\nb.raw", "c\\x1b[2J\\x1b]0;x\\x07.raw", "d\\x9b31m.raw", "e\\u{202e}f.raw", "g\\u{200b}h.raw"] {
+        pty.wait_for(shown);
+    }
+}
+
+#[test]
+fn a_terminal_that_can_nothing_gets_a_plain_table() {
+    let images = three_images();
+    for term in ["dumb", ""] {
+        let mut pty = Pty::start(PROGRAM, &[images.dir().to_str().unwrap()], &[("TERM", term)], 80, 24);
+        assert_eq!(pty.wait_for_end().code(), Some(0));
+        pty.wait_for("a.raw");
+        assert!(!pty.with_screen(|s| s.alternate_screen()));
+        assert_given_back(&pty);
+    }
 }

@@ -13,6 +13,7 @@ use std::time::Instant;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use qlock::hold::HeldAccess;
+use qlock::image::watch::ImageWatch;
 use serde_json::Value;
 use support::{DEADLINE, Images, Running, access_of, have, holding, qemu_io, qlock_top, wait_for};
 
@@ -242,6 +243,83 @@ fn what_a_slow_reader_missed_is_told_as_a_gap() {
     let out = BufReader::new(slow.0.stdout.take().unwrap());
     let merged = out.lines().any(|l| l.unwrap().contains("\"kind\":\"gap\""));
     assert!(merged);
+}
+
+#[test]
+fn two_watchers_do_not_wake_each_other_for_ever() {
+    let images = Images::new();
+    let path = images.raw("a.raw");
+    let (first, second) = (Watch::start(images.dir(), NEVER), Watch::start(images.dir(), NEVER));
+    // One lock, so that both have something to look at, and then nothing any more.
+    drop(HeldAccess::acquire(&path, "cw/w".parse().unwrap()).unwrap());
+    std::fs::write(images.path("b.raw"), "x").unwrap();
+    for watch in [&first, &second] {
+        watch.event("the new image", |e| e["kind"] == "image-added");
+    }
+    let opens = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let count = std::sync::Arc::clone(&opens);
+    let mut third = ImageWatch::new(move || {
+        count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+    })
+    .unwrap();
+    third.add(images.dir(), true).unwrap();
+    wait_for("a second in which nobody opens anything", || {
+        let _ = third.take();
+        let before = opens.load(std::sync::atomic::Ordering::SeqCst);
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        (opens.load(std::sync::atomic::Ordering::SeqCst) == before).then_some(())
+    });
+}
+
+#[test]
+fn a_vm_that_stops_leaves_no_unknown_holder_behind() {
+    if !have(&["qemu-system-x86_64", "qemu-img"]) {
+        return;
+    }
+    let images = Images::new();
+    let base = images.qcow2("base.qcow2");
+    let overlay = images.overlay("over.qcow2", "base.qcow2");
+    let watch = Watch::start(images.dir(), "1s");
+    for _ in 0..8 {
+        let mut command = std::process::Command::new("qemu-system-x86_64");
+        command.args(["-accel", "tcg", "-S", "-display", "none", "-nodefaults", "-m", "64", "-monitor", "none"]);
+        command.args(["-serial", "none", "-drive"]).arg(format!("file={},if=virtio", overlay.display()));
+        let vm = holding(&mut command, &base, "c/wr");
+        let pid = vm.pid();
+        watch.event("the lock on the base", |e| e["kind"] == "acquired" && e["image"] == base.to_str().unwrap());
+        vm.end();
+        loop {
+            let line = watch.next();
+            assert!(line["kind"] != "acquired" || line["pid"] == pid, "{line}");
+            if line["kind"] == "released" && line["image"] == base.to_str().unwrap() {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_refused_attempt_is_no_writer_without_a_lock() {
+    if !have(&["qemu-io", "qemu-img"]) {
+        return;
+    }
+    let images = Images::new();
+    let path = images.qcow2("a.qcow2");
+    let _holder = holding(&mut qemu_io(&["-f", "qcow2"], &path), &path, "cwr/wr");
+    let watch = Watch::start(images.dir(), "100ms");
+    for _ in 0..40 {
+        let status =
+            std::process::Command::new("qemu-img").args(["resize", "-q", "-f", "qcow2"]).arg(&path).arg("32M").output();
+        assert!(!status.unwrap().status.success());
+    }
+    images.raw("end.raw");
+    loop {
+        let line = watch.next();
+        assert_ne!(line["kind"], "finding", "{line}");
+        if line["kind"] == "image-added" {
+            break;
+        }
+    }
 }
 
 #[test]

@@ -31,7 +31,7 @@ pub(super) fn list(paths: Paths, format: ListFormat, common: &Common) -> Result<
     let mut out = io::BufWriter::new(io::stdout().lock());
     let written = match format {
         ListFormat::Table => table::write(&mut out, &snapshot, layout(common)),
-        ListFormat::Json => json::write_snapshot(&mut out, &snapshot),
+        ListFormat::Json => json::write_snapshot(&mut out, common.ascii, &snapshot),
     };
     unless_closed(written.and_then(|()| out.flush()))?;
     if let ListFormat::Json = format {
@@ -50,7 +50,7 @@ pub(super) fn watch(watched: Watched, format: WatchFormat, common: &Common) -> R
     let stdout = io::stdout();
     let format = match format {
         WatchFormat::Text => stream::Format::Text(layout(common)),
-        WatchFormat::Ndjson => stream::Format::Ndjson,
+        WatchFormat::Ndjson => stream::Format::Ndjson { ascii: common.ascii },
     };
     let mut stream = Stream::new(io::BufWriter::new(stdout.lock()), format);
     loop {
@@ -71,7 +71,7 @@ pub(super) fn watch(watched: Watched, format: WatchFormat, common: &Common) -> R
         let update = sampler.take();
         match stream.write(&update) {
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(Exit::Fine),
-            other => other?,
+            other => unless_closed(other)?,
         }
         if update.ended {
             return Err(Failure::error("watching ended because of a fault in this program"));

@@ -159,7 +159,7 @@ pub fn run(cli: Cli) -> Result<Exit, Failure> {
         Some(Command::DemoActor(args)) => demo::act(&args).map(|()| Exit::Fine).map_err(Failure::error),
         None => {
             let options = options(cli.watched, &common)?;
-            if !io::stdout().is_terminal() || std::env::var_os("TERM").is_some_and(|t| t == "dumb") {
+            if !io::stdout().is_terminal() || std::env::var_os("TERM").is_none_or(|t| t == "dumb" || t.is_empty()) {
                 // No screen to draw on: one look, as a table.
                 let paths = Paths { paths: options.paths, recursive: options.recursive };
                 return list(paths, ListFormat::Table, &common);
@@ -185,8 +185,8 @@ fn or_default(paths: Vec<PathBuf>) -> Result<Vec<PathBuf>, Failure> {
         (false, _) => Ok(paths),
         (true, true) => Ok(vec![usual.to_owned()]),
         (true, false) => Err(Failure::error(
-            "which images? Name a directory, an image file or a block device, such as qlock-top /var/lib/images; \
-             qlock-top demo shows it on images of its own",
+            "which images? There is no /var/lib/libvirt/images, which is looked at where no PATH is given. Name a \
+             directory, an image file or a block device; or try qlock-top demo",
         )),
     }
 }

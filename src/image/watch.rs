@@ -17,6 +17,8 @@ use notify::{Config, EventKind, EventKindMask, RecommendedWatcher, RecursiveMode
 pub struct Touched {
     /// Files that somebody else opened or closed.
     pub files: HashSet<PathBuf>,
+    /// Those of them that somebody had open for writing and closed.
+    pub written: HashSet<PathBuf>,
     /// Something was made, removed or renamed.
     pub listing: bool,
     /// The kernel's queue overflowed or the watch failed: anything may have happened.
@@ -173,9 +175,13 @@ impl State {
             EventKind::Access(AccessKind::Open(_) | AccessKind::Close(_)) => {
                 let closes_reader = matches!(event.kind, EventKind::Access(AccessKind::Close(AccessMode::Read)));
                 let opens = matches!(event.kind, EventKind::Access(AccessKind::Open(_)));
+                let writer = matches!(event.kind, EventKind::Access(AccessKind::Close(AccessMode::Write)));
                 for path in event.paths {
                     let ours = (opens || closes_reader) && self.is_ours(&path, opens, now);
                     if !ours && !self.watched_directories.contains(&path) {
+                        if writer {
+                            self.touched.written.insert(path.clone());
+                        }
                         self.touched.files.insert(path);
                     }
                 }

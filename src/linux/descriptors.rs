@@ -27,7 +27,7 @@ pub enum OpenMode {
 }
 
 /// A descriptor of a process that leads to a file somebody asked for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct OpenDescriptor {
     /// Of which process.
     pub pid: i32,

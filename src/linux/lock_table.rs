@@ -40,7 +40,7 @@ pub enum LockMode {
 }
 
 /// One line: a lock that is held, or one that waits.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct LockRecord {
     /// Of what kind.
     pub kind: LockKind,

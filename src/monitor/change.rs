@@ -125,35 +125,54 @@ fn holdings(image: &Image) -> Holdings<'_> {
     all
 }
 
+/// What one process took or let go of `image`, if anything.
+fn moved(
+    image: &Image,
+    at: Timestamp,
+    kind: ChangeKind,
+    holder: Option<&Holder>,
+    access: Access,
+    ranges: &[String],
+) -> Option<Change> {
+    if access.is_empty() && ranges.is_empty() {
+        return None;
+    }
+    let what = if access.is_empty() { ranges.join(", ") } else { access_text(access) };
+    let who = holder.map_or_else(|| "somebody unknown".to_owned(), |h| process_name(&h.process));
+    let verb = if kind == ChangeKind::Acquired { "took" } else { "let go" };
+    Some(Change {
+        process: holder.map(|h| h.process.clone()),
+        fd: holder.and_then(|h| h.fd),
+        access,
+        ..Change::about(kind, at, Some(&image.path), format!("{who} {verb}: {what}"))
+    })
+}
+
 fn image_changes(was: &Image, is: &Image, at: Timestamp, all: &mut Vec<Change>) {
     let (old, new) = (holdings(was), holdings(is));
     let nothing = Holding::default();
-    let mut add = |kind, holder: Option<&Holder>, access: Access, ranges: Vec<String>| {
-        if access.is_empty() && ranges.is_empty() {
-            return;
-        }
-        let what = if access.is_empty() { ranges.join(", ") } else { access_text(access) };
-        let who = holder.map_or_else(|| "somebody unknown".to_owned(), |h| process_name(&h.process));
-        let verb = if kind == ChangeKind::Acquired { "took" } else { "let go" };
-        all.push(Change {
-            process: holder.map(|h| h.process.clone()),
-            fd: holder.and_then(|h| h.fd),
-            access,
-            ..Change::about(kind, at, Some(&is.path), format!("{who} {verb}: {what}"))
-        });
-    };
     let less = |a: &[String], b: &[String]| a.iter().filter(|r| !b.contains(r)).cloned().collect::<Vec<_>>();
     for (key, before) in &old {
         let now = new.get(key).unwrap_or(&nothing);
-        // What was nobody's is let go only if it is free: it may have a holder that is known now, or may no longer be
-        // told at all.
         let dropped = before.access.difference(now.access);
-        let dropped = if key.is_none() { dropped.intersection(is.free()) } else { dropped };
-        add(ChangeKind::Released, before.holder, dropped, less(&before.ranges, &now.ranges));
+        if key.is_none() {
+            // What was nobody's is let go only if it is free; what cannot be told any more may be held still. What has a
+            // holder now is taken off nobody's account, so that whoever counts comes out even.
+            let named = dropped.intersection(is.held());
+            if !named.is_empty() {
+                let text = format!("it is known now who holds: {}", access_text(named));
+                all.push(Change { access: named, ..Change::about(ChangeKind::Released, at, Some(&is.path), text) });
+            }
+            all.extend(moved(is, at, ChangeKind::Released, None, dropped.intersection(is.free()), &[]));
+        } else {
+            let ranges = less(&before.ranges, &now.ranges);
+            all.extend(moved(is, at, ChangeKind::Released, before.holder, dropped, &ranges));
+        }
     }
     for (key, now) in &new {
         let before = old.get(key).unwrap_or(&nothing);
-        add(ChangeKind::Acquired, now.holder, now.access.difference(before.access), less(&now.ranges, &before.ranges));
+        let (taken, ranges) = (now.access.difference(before.access), less(&now.ranges, &before.ranges));
+        all.extend(moved(is, at, ChangeKind::Acquired, now.holder, taken, &ranges));
     }
     for finding in was.findings.iter().filter(|f| !is.findings.contains(f)) {
         all.push(Change::about(ChangeKind::FindingCleared, at, Some(&is.path), finding.text.clone()));
@@ -209,9 +228,13 @@ mod tests {
     }
 
     #[test]
-    fn a_holder_that_becomes_known_let_nothing_go() {
+    fn a_holder_that_becomes_known_takes_the_bytes_off_nobodys_account() {
         let (unknown, known) = (snapshot(vec![held(&[], "cw/-")]), snapshot(vec![held(&[(43, "cw/-")], "cw/-")]));
-        assert_eq!(told(&unknown, &known), [(ChangeKind::Acquired, Some(43), "cw/-".to_owned())]);
+        assert_eq!(
+            told(&unknown, &known),
+            [(ChangeKind::Released, None, "cw/-".to_owned()), (ChangeKind::Acquired, Some(43), "cw/-".to_owned())]
+        );
+        assert!(changes(&unknown, &known)[0].text.starts_with("it is known now who holds"));
         let free = snapshot(vec![held(&[], "-/-")]);
         assert_eq!(told(&free, &unknown), [(ChangeKind::Acquired, None, "cw/-".to_owned())]);
         assert_eq!(told(&unknown, &free), [(ChangeKind::Released, None, "cw/-".to_owned())]);

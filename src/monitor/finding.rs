@@ -88,7 +88,7 @@ fn without_holder(image: &Image, raw: &ImageSample, sample: &Sample) -> Option<F
         Verdict::HeldByKernel => Some(finding(
             "held-by-kernel",
             Severity::Warning,
-            format!("locked through loop device {}: see losetup -l", raw.loop_devices.join(", ")),
+            format!("locked through loop device {}: see losetup -l", raw.loop_devices.join("; ")),
         )),
         Verdict::HeldElsewhere => Some(finding(
             "held-elsewhere",
@@ -99,15 +99,23 @@ fn without_holder(image: &Image, raw: &ImageSample, sample: &Sample) -> Option<F
             ),
         )),
         Verdict::Unknown if matches!(raw.answer, Answer::Bytes(_)) => {
+            // No numbers here: they change with every process on the host, and this does not.
             let why = if sample.hidden_processes > 0 {
-                let processes = counted(sample.hidden_processes, "process", "processes");
-                format!("{processes} may not be read by this user: try again as root")
+                "it may be one of the processes that may not be read; root sees the most"
             } else if sample.sees_all_processes {
-                "the kernel's lock table did not list the lock: look again".to_owned()
+                "the kernel's lock table did not list the lock: look again"
             } else {
-                "processes outside this pid namespace cannot be seen: look from the host".to_owned()
+                "processes outside this pid namespace cannot be seen: look from the host"
             };
-            Some(finding("holder-unknown", Severity::Warning, format!("held, but the holder cannot be told: {why}")))
+            let device = match raw.loop_devices.first() {
+                Some(device) => format!("; loop device {device} stands on it and may be the one"),
+                None => String::new(),
+            };
+            Some(finding(
+                "holder-unknown",
+                Severity::Warning,
+                format!("held, but the holder cannot be told: {why}{device}"),
+            ))
         }
         _ => None,
     }

@@ -17,7 +17,7 @@ use super::search::{Depth, Search};
 use crate::image::catalog::{Catalog, Entry};
 use crate::image::header::{self, Header};
 use crate::image::watch::ImageWatch;
-use crate::linux::descriptors::OpenDescriptor;
+use crate::linux::descriptors::{OpenDescriptor, OpenMode};
 use crate::linux::identity::{FileId, FileKind, FileStatus, status};
 use crate::linux::lock_table::{self, LockKind, LockRecord};
 use crate::linux::loop_devices::{self, LoopDevice};
@@ -47,6 +47,7 @@ pub struct Hint {
 /// Looks at the watched images, and remembers what makes the next look cheap.
 pub struct Looker {
     roots: Roots,
+    own_pid: i32,
     catalog: Catalog,
     watch: Option<ImageWatch>,
     watched_ids: BTreeMap<PathBuf, FileId>,
@@ -61,6 +62,8 @@ pub struct Looker {
     buffer: Vec<u8>,
     troubles: Vec<String>,
     walks: Walks,
+    /// Writers without a lock that have been seen for long enough.
+    confirmed: HashSet<OpenDescriptor>,
 }
 
 struct KnownHeader {
@@ -87,7 +90,11 @@ const HEADER_AGE: Duration = Duration::from_secs(5);
 const WALK_SHARE: u32 = 100;
 const WALK_PAUSE: Duration = Duration::from_secs(10);
 /// A lock that comes and goes between our questions looks ownerless; this often it is asked again.
-const ATTEMPTS: usize = 3;
+const ATTEMPTS: usize = 4;
+/// As long as the kernel takes to close the files of a process that has ended.
+const CLOSING: Duration = Duration::from_millis(5);
+/// A program opens an image a few milliseconds before it locks it. Who has it open for longer without a lock means to.
+const OPENING: Duration = Duration::from_millis(25);
 
 impl Walks {
     /// The time between two whole walks that nothing but time asks for.
@@ -104,6 +111,7 @@ impl Looker {
         let mounts = Mounts::read(&roots).ok();
         let mut looker = Self {
             search: Search::new(roots.clone()),
+            own_pid: if roots.is_host() { nix::unistd::getpid().as_raw() } else { 0 },
             roots,
             catalog,
             watch,
@@ -118,6 +126,7 @@ impl Looker {
             buffer: Vec::new(),
             troubles: Vec::new(),
             walks: Walks::default(),
+            confirmed: HashSet::new(),
         };
         looker.take_listing();
         looker
@@ -129,6 +138,37 @@ impl Looker {
         self.watch.as_ref()
     }
 
+    /// Looks at files that somebody opened or closed, without opening them: who has them open now, and whether their rows
+    /// in `/proc/locks` are others than before. Only then are they asked, so that two watchers that open an image to ask
+    /// do not wake each other for ever.
+    pub fn look_at_touched(&mut self, files: &HashSet<PathBuf>) -> Sample {
+        self.read_table();
+        let changed: HashSet<PathBuf> = files.iter().filter(|f| self.has_other_rows(f)).cloned().collect();
+        if !changed.is_empty() {
+            return self.look(Scope::Files(&changed));
+        }
+        let wanted: HashSet<FileId> = self.images.values().map(|i| i.file).collect();
+        let touched: HashSet<FileId> = files.iter().filter_map(|f| self.images.get(f)).map(|i| i.file).collect();
+        self.search.refresh(&touched);
+        self.scan(Depth::Changed, &wanted);
+        let all = self.entries.clone();
+        self.explain(all, &wanted);
+        self.sample()
+    }
+
+    fn has_other_rows(&self, resolved: &Path) -> bool {
+        let known = |image: &ImageSample| self.rows_of(image.file, image.mount.as_deref()) == image.table_rows;
+        self.images.get(resolved).is_some_and(|image| !known(image))
+    }
+
+    /// Whether somebody is known to have the file open for writing.
+    #[must_use]
+    pub fn knows_a_writer(&self, resolved: &Path) -> bool {
+        let writes =
+            |image: &ImageSample| self.search.descriptors(image.file).iter().any(|d| d.mode == OpenMode::Write);
+        self.images.get(resolved).is_none_or(writes)
+    }
+
     /// Asks what costs next to nothing: whether the list of images changed, and which images have other rows in
     /// `/proc/locks` than when they were last looked at. Nothing is believed because of it; it says where to look.
     pub fn hint(&mut self) -> Hint {
@@ -137,12 +177,7 @@ impl Looker {
             self.take_listing();
         }
         self.read_table();
-        let mut files = HashSet::new();
-        for (path, image) in &self.images {
-            if !self.rows_of(image.file, image.mount.as_deref()).eq(&image.table_rows) {
-                files.insert(path.clone());
-            }
-        }
+        let files = self.images.keys().filter(|path| self.has_other_rows(path)).cloned().collect();
         Hint { listing, files }
     }
 
@@ -194,6 +229,11 @@ impl Looker {
                 self.scan(Depth::Changed, wanted);
             } else {
                 self.walk_all(wanted);
+            }
+            if attempt > 0 {
+                // A process that ends has no descriptors any more while the kernel still closes them one by one, and
+                // nothing tells when it has done.
+                std::thread::sleep(CLOSING);
             }
             // It may be gone by now, or the table may have missed a row.
             self.read_table();
@@ -415,7 +455,23 @@ impl Looker {
         header
     }
 
+    /// Has each new writer without a lock seen twice: one that is about to lock, or is being refused, is no danger.
+    fn confirm_writers(&mut self) {
+        let unlocked = |d: &&OpenDescriptor| d.mode == OpenMode::Write && d.locks.is_empty();
+        let files: Vec<FileId> = self.images.values().map(|i| i.file).collect();
+        let all: Vec<OpenDescriptor> =
+            files.iter().flat_map(|f| self.search.descriptors(*f)).filter(unlocked).cloned().collect();
+        let new: HashSet<FileId> = all.iter().filter(|d| !self.confirmed.contains(*d)).map(|d| d.file).collect();
+        if !new.is_empty() {
+            std::thread::sleep(OPENING);
+            self.search.refresh(&new);
+        }
+        let now = files.iter().flat_map(|f| self.search.descriptors(*f)).filter(unlocked);
+        self.confirmed = now.cloned().collect();
+    }
+
     fn sample(&mut self) -> Sample {
+        self.confirm_writers();
         let mut images: Vec<ImageSample> = self
             .entries
             .iter()
@@ -428,7 +484,9 @@ impl Looker {
         let mut loops = None;
         let mut processes = BTreeMap::new();
         for image in &mut images {
-            image.descriptors = self.search.descriptors(image.file).to_vec();
+            // Our own output may lie among the images; our own locks are shown.
+            let other = |d: &&OpenDescriptor| d.pid != self.own_pid || !d.locks.is_empty();
+            image.descriptors = self.search.descriptors(image.file).iter().filter(other).cloned().collect();
             let owners = image.table_rows.iter().filter_map(|r| i32::try_from(r.pid).ok()).filter(|pid| *pid > 0);
             for pid in image.descriptors.iter().map(|d| d.pid).chain(owners) {
                 if !processes.contains_key(&pid) {
@@ -436,20 +494,17 @@ impl Looker {
                 }
             }
             image.descriptors.retain(|d| processes.contains_key(&d.pid));
-            let held = matches!(&image.answer, Answer::Bytes(found) if !found.locked.is_empty());
-            if held || !image.descriptors.is_empty() {
-                let devices = loops.get_or_insert_with(|| loop_devices::read(&self.roots));
-                let on_it = devices.iter().filter(|d| d.backing == Some(image.file));
-                let mounted = |name: &str| {
-                    let device = format!("/dev/{name}");
-                    self.mounts.as_ref().and_then(|m| m.from_source(&device)).map(|m| m.point.clone())
-                };
-                let words = |d: &LoopDevice| match mounted(&d.name) {
-                    Some(point) => format!("{}, mounted on {}", d.name, crate::text::escape_path(&point)),
-                    None => d.name.clone(),
-                };
-                image.loop_devices = on_it.map(words).collect();
-            }
+            let devices = loops.get_or_insert_with(|| loop_devices::read(&self.roots));
+            let on_it = devices.iter().filter(|d| d.backing == Some(image.file));
+            let mounted = |name: &str| {
+                let device = format!("/dev/{name}");
+                self.mounts.as_ref().and_then(|m| m.from_source(&device)).map(|m| m.point.clone())
+            };
+            let words = |d: &LoopDevice| match mounted(&d.name) {
+                Some(point) => format!("{}, mounted on {}", d.name, crate::text::escape_path(&point)),
+                None => d.name.clone(),
+            };
+            image.loop_devices = on_it.map(words).collect();
         }
         let mut deleted: Vec<DeletedImage> = self.search.deleted().to_vec();
         deleted.retain(|d| self.catalog.covers(&d.path));

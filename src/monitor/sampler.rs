@@ -83,6 +83,8 @@ const REST: u32 = 4;
 /// `/proc/locks` and the directories are asked this often between two ticks, in at most a hundredth of one core.
 const HINT_PAUSE: Duration = Duration::from_millis(80);
 const HINT_SHARE: u32 = 100;
+/// Between two lines about gaps.
+const GAP_PAUSE: Duration = Duration::from_secs(1);
 const SHORTEST_REST: Duration = Duration::from_millis(5);
 
 impl Sampler {
@@ -235,21 +237,22 @@ struct Agenda {
     files: BTreeMap<Instant, HashSet<PathBuf>>,
     /// No hurried look before this.
     rested: Instant,
-    gaps: Vec<String>,
+    /// What is to be told as a gap, and how often it happened.
+    gaps: BTreeMap<String, u32>,
+    /// The next time gaps are told: many of a kind are one line.
+    gaps_due: Instant,
 }
 
 impl Work {
     fn run(mut self) {
         let start = Instant::now();
-        let mut agenda = Agenda { tick: start, hint: start, files: BTreeMap::new(), rested: start, gaps: Vec::new() };
+        let mut agenda = Agenda::new(start);
         loop {
             let now = Instant::now();
             let sample = if now >= agenda.tick {
                 let late = now - agenda.tick;
                 if late > self.interval.max(Duration::from_secs(1)) {
-                    agenda
-                        .gaps
-                        .push(format!("a look came {:.1} s late: the host or its storage is slow", late.as_secs_f64()));
+                    agenda.gap(format!("a look came {} s late: the host or its storage is slow", late.as_secs()));
                 }
                 let sample = self.looker.look(Scope::Everything);
                 // Never back to back: a look that takes long leaves as much time to others.
@@ -261,17 +264,24 @@ impl Work {
                     agenda.hint = Instant::now() + HINT_PAUSE.max(now.elapsed() * HINT_SHARE);
                 }
                 let due = agenda.due(now);
-                (!due.is_empty()).then(|| self.looker.look(Scope::Files(&due)))
+                (!due.is_empty()).then(|| self.looker.look_at_touched(&due))
             };
             if let Some(sample) = sample {
                 agenda.rested = Instant::now() + SHORTEST_REST.max(now.elapsed() * REST);
-                agenda.gaps.extend(self.looker.take_unwatched());
-                self.out.publish(Snapshot::of(&sample), std::mem::take(&mut agenda.gaps));
+                self.looker.take_unwatched().into_iter().for_each(|text| agenda.gap(text));
+                self.out.publish(Snapshot::of(&sample), agenda.take_gaps());
             }
             let wait = agenda.next().saturating_duration_since(Instant::now());
             match self.inbox.recv_timeout(wait) {
                 Ok(Order::Nudge) => {
                     let touched = self.looker.watch().map(ImageWatch::take).unwrap_or_default();
+                    // Whoever wrote and is gone before anybody looked held locks that nobody saw.
+                    let missed: Vec<&PathBuf> =
+                        touched.written.iter().filter(|p| !self.looker.knows_a_writer(p)).collect();
+                    if let Some(path) = missed.first() {
+                        let path = crate::text::escape_path(path);
+                        agenda.gap(format!("somebody wrote to {path} and was gone before it could be looked at"));
+                    }
                     agenda.add(touched);
                 }
                 Ok(Order::Look) => agenda.tick = Instant::now(),
@@ -287,10 +297,29 @@ impl Work {
 }
 
 impl Agenda {
+    fn new(now: Instant) -> Self {
+        Self { tick: now, hint: now, files: BTreeMap::new(), rested: now, gaps: BTreeMap::new(), gaps_due: now }
+    }
+
+    fn gap(&mut self, text: String) {
+        *self.gaps.entry(text).or_default() += 1;
+    }
+
+    /// What is to be told now: each kind once, with its number.
+    fn take_gaps(&mut self) -> Vec<String> {
+        let now = Instant::now();
+        if self.gaps.is_empty() || now < self.gaps_due {
+            return Vec::new();
+        }
+        self.gaps_due = now + GAP_PAUSE;
+        let line = |(text, times): (String, u32)| if times > 1 { format!("{text} ({times} times)") } else { text };
+        std::mem::take(&mut self.gaps).into_iter().map(line).collect()
+    }
+
     fn add(&mut self, touched: Touched) {
         let now = Instant::now();
         if touched.lost {
-            self.gaps.push("the kernel's queue of file events overflowed: everything is looked at again".to_owned());
+            self.gap("the kernel's queue of file events overflowed: everything is looked at again".to_owned());
         }
         if touched.lost || touched.listing {
             self.tick = self.tick.min(now.max(self.rested));
@@ -375,8 +404,7 @@ mod tests {
     #[test]
     fn touched_files_are_looked_at_again_until_the_lock_must_be_there() {
         let start = Instant::now();
-        let mut agenda =
-            Agenda { tick: start + HOUR, hint: start + HOUR, files: BTreeMap::new(), rested: start, gaps: Vec::new() };
+        let mut agenda = Agenda { tick: start + HOUR, hint: start + HOUR, ..Agenda::new(start) };
         let path = PathBuf::from("/images/a");
         agenda.add(Touched { files: HashSet::from([path.clone()]), ..Touched::default() });
         let later = start + Duration::from_millis(60);

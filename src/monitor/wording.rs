@@ -18,6 +18,12 @@ pub fn process_name(process: &ProcessFacts) -> String {
     }
 }
 
+/// "web01 4242" or "dd 9912": for where there is little room.
+#[must_use]
+pub fn short_process_name(process: &ProcessFacts) -> String {
+    format!("{} {}", escape(process.vm.as_ref().unwrap_or(&process.command)), process.id.pid)
+}
+
 /// "bytes 0 to 9", "byte 101", "bytes 0 to the end".
 #[must_use]
 pub fn range_text(range: ForeignRange) -> String {
@@ -81,6 +87,16 @@ pub fn role_text(image: &Image) -> &'static str {
 /// Who holds the image or has it open, the holders first, each process once; and where nobody can be named, why.
 #[must_use]
 pub fn holders_text(image: &Image) -> String {
+    list_holders(image, process_name)
+}
+
+/// The same with short names.
+#[must_use]
+pub fn short_holders_text(image: &Image) -> String {
+    list_holders(image, short_process_name)
+}
+
+fn list_holders(image: &Image, process_name: fn(&ProcessFacts) -> String) -> String {
     let mut names: Vec<String> = Vec::new();
     let mut add = |name: String| {
         if !names.contains(&name) {
@@ -103,6 +119,10 @@ pub fn holders_text(image: &Image) -> String {
 /// The size that a guest sees, or of the file where the header does not say.
 #[must_use]
 pub fn size_text(image: &Image) -> String {
+    if image.format.is_none() && image.file_size == 0 {
+        // A block device that may not be opened does not tell.
+        return "?".to_owned();
+    }
     size(image.virtual_size.unwrap_or(image.file_size))
 }
 

@@ -202,25 +202,25 @@ struct ChangeOut<'a> {
 ///
 /// # Errors
 /// When `out` cannot be written.
-pub fn write_snapshot(out: impl Write, snapshot: &Snapshot) -> io::Result<()> {
-    write_line(out, &snapshot_out(snapshot))
+pub fn write_snapshot(out: impl Write, ascii: bool, snapshot: &Snapshot) -> io::Result<()> {
+    write_line(out, ascii, &snapshot_out(snapshot))
 }
 
 /// Writes the first line of a stream: how things stand.
 ///
 /// # Errors
 /// When `out` cannot be written.
-pub fn write_first(out: impl Write, snapshot: &Snapshot) -> io::Result<()> {
+pub fn write_first(out: impl Write, ascii: bool, snapshot: &Snapshot) -> io::Result<()> {
     let first =
         FirstOut { schema: EVENT_SCHEMA, at: snapshot.taken_at, kind: "snapshot", snapshot: snapshot_out(snapshot) };
-    write_line(out, &first)
+    write_line(out, ascii, &first)
 }
 
 /// Writes a line of a stream: what happened.
 ///
 /// # Errors
 /// When `out` cannot be written.
-pub fn write_change(out: impl Write, change: &Change) -> io::Result<()> {
+pub fn write_change(out: impl Write, ascii: bool, change: &Change) -> io::Result<()> {
     let process = change.process.as_ref();
     let line = ChangeOut {
         schema: EVENT_SCHEMA,
@@ -236,7 +236,7 @@ pub fn write_change(out: impl Write, change: &Change) -> io::Result<()> {
         unshared: change.access.unshared,
         text: &change.text,
     };
-    write_line(out, &line)
+    write_line(out, ascii, &line)
 }
 
 /// One image as an object of a snapshot, on one line.
@@ -244,23 +244,27 @@ pub fn write_change(out: impl Write, change: &Change) -> io::Result<()> {
 pub fn image_text(image: &Image) -> String {
     let mut bytes = Vec::new();
     // Writing to memory cannot fail, and what is written is UTF-8.
-    let _ = write_line(&mut bytes, &image_out(image));
+    let _ = write_line(&mut bytes, false, &image_out(image));
     String::from_utf8_lossy(&bytes).trim_end().to_owned()
 }
 
-fn write_line(mut out: impl Write, value: &impl Serialize) -> io::Result<()> {
-    let mut serializer = serde_json::Serializer::with_formatter(&mut out, Harmless);
+fn write_line(mut out: impl Write, ascii: bool, value: &impl Serialize) -> io::Result<()> {
+    let mut serializer = serde_json::Serializer::with_formatter(&mut out, Harmless { ascii });
     value.serialize(&mut serializer)?;
     out.write_all(b"\n")
 }
 
 /// Compact JSON in which nothing acts on a terminal.
-struct Harmless;
+struct Harmless {
+    /// Nothing but ASCII.
+    ascii: bool,
+}
 
 impl serde_json::ser::Formatter for Harmless {
     fn write_string_fragment<W: ?Sized + Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {
         let mut rest = fragment;
-        while let Some((at, c)) = rest.char_indices().find(|(_, c)| is_treacherous(*c)) {
+        while let Some((at, c)) = rest.char_indices().find(|(_, c)| is_treacherous(*c) || (self.ascii && !c.is_ascii()))
+        {
             writer.write_all(&rest.as_bytes()[..at])?;
             c.encode_utf16(&mut [0; 2]).iter().try_for_each(|unit| write!(writer, "\\u{unit:04x}"))?;
             rest = &rest[at + c.len_utf8()..];
@@ -276,7 +280,7 @@ mod tests {
 
     fn written(text: &str) -> String {
         let mut out = Vec::new();
-        write_line(&mut out, &text).unwrap();
+        write_line(&mut out, false, &text).unwrap();
         String::from_utf8(out).unwrap()
     }
 

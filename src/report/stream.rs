@@ -22,7 +22,10 @@ pub enum Format {
     /// Text, in the given character set.
     Text(Layout),
     /// One JSON object a line.
-    Ndjson,
+    Ndjson {
+        /// Nothing but ASCII.
+        ascii: bool,
+    },
 }
 
 /// Writes what a sampler tells, line by line.
@@ -47,7 +50,7 @@ impl<W: Write> Stream<W> {
         if let (None, Some(snapshot)) = (&self.last, &update.snapshot) {
             match self.format {
                 Format::Text(layout) => table::write(&mut self.out, snapshot, layout)?,
-                Format::Ndjson => json::write_first(&mut self.out, snapshot)?,
+                Format::Ndjson { ascii } => json::write_first(&mut self.out, ascii, snapshot)?,
             }
         }
         let at = update.snapshot.as_ref().map_or_else(Timestamp::now, |s| s.taken_at);
@@ -64,7 +67,7 @@ impl<W: Write> Stream<W> {
 
     fn line(&mut self, change: &Change) -> io::Result<()> {
         match self.format {
-            Format::Ndjson => json::write_change(&mut self.out, change)?,
+            Format::Ndjson { ascii } => json::write_change(&mut self.out, ascii, change)?,
             Format::Text(layout) => {
                 let time = change.at.to_zoned(TimeZone::system()).strftime("%F %T").to_string();
                 let text = match (&change.image, change.kind) {

@@ -80,10 +80,13 @@ pub fn write(mut out: impl Write, snapshot: &Snapshot, layout: Layout) -> io::Re
         let longest = names.iter().map(|n| width(n)).max().unwrap_or_default().max(HEAD[0].len());
         let fixed = 2 + FORMAT + 2 + SIZE + 2 + head.len() + 2 + ROLE + 2;
         let room = layout.columns.map(|c| c.saturating_sub(fixed + HOLDERS_COLUMNS).max(12));
-        let name_columns = room.map_or(longest, |room| longest.min(room));
+        // One long name does not move every row; on paper it is not cut either.
+        let name_columns = room.map_or(longest.min(60), |room| longest.min(room));
         let line = |cells: [&str; 6]| {
             let [name, format, size, marks, role, holders] = cells;
-            let name = pad_end(&cut_middle(name, name_columns, layout.cut_mark()), name_columns);
+            let name =
+                if room.is_some() { cut_middle(name, name_columns, layout.cut_mark()) } else { Cow::Borrowed(name) };
+            let name = pad_end(&name, name_columns);
             let (format, size) = (pad_end(format, FORMAT), pad_start(size, SIZE));
             let text = format!("{name}  {format}  {size}  {marks}  {}  {holders}", pad_end(role, ROLE));
             let text = layout.columns.map_or(Cow::Borrowed(text.as_str()), |c| cut_end(&text, c, layout.cut_mark()));
@@ -118,7 +121,7 @@ fn write_notes(out: &mut impl Write, snapshot: &Snapshot, names: &[String], layo
     notes.extend(snapshot.troubles.iter().map(|t| format!("warning: {}", layout.plain(&escape(t)))));
     if snapshot.hidden_processes > 0 {
         let processes = counted(snapshot.hidden_processes, "process", "processes");
-        notes.push(format!("note: {processes} could not be read: holders may be missing; run as root to see them"));
+        notes.push(format!("note: {processes} could not be read: holders may be missing; root sees the most"));
     } else if !snapshot.complete && snapshot.troubles.is_empty() && notes.is_empty() {
         notes.push("note: not every process of this host can be seen from here: holders may be missing".to_owned());
     }

@@ -204,7 +204,7 @@ impl Test {
                 held.permissions.contains(*p) || held.unshared.contains(*p)
             }
             Self::State(State::Verdict(verdict)) => image.verdict == *verdict,
-            Self::State(State::InUse) => image.verdict != Verdict::Free || !image.openers.is_empty(),
+            Self::State(State::InUse) => !image.held().is_empty() || !image.openers.is_empty(),
             Self::State(State::Unclear) => !image.verdict.is_certain(),
             Self::State(State::Found(severity)) => image.findings.iter().any(|f| f.severity == *severity),
         }

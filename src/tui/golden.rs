@@ -134,7 +134,7 @@ fn as_text(buffer: &Buffer) -> String {
         let mut run: Option<(u16, String)> = None;
         let mut skip = 0;
         for x in 0..=buffer.area.width {
-            let style = (x < buffer.area.width).then(|| style_name(buffer, x, y)).unwrap_or_default();
+            let style = if x < buffer.area.width { style_name(buffer, x, y) } else { Default::default() };
             if run.as_ref().map_or("", |(_, s)| s.as_str()) != style {
                 if let Some((from, name)) = run.take() {
                     styles += &format!("{y}:{from}-{} {name}\n", x - 1);

@@ -67,8 +67,8 @@ impl Panel {
 /// What lies over the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Overlay {
-    /// The list of keys.
-    Help,
+    /// The list of keys; the line where it begins.
+    Help(usize),
     /// Every finding; the row under the cursor.
     Findings(usize),
     /// What can be copied; the row under the cursor.

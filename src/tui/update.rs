@@ -132,7 +132,7 @@ fn act(model: &mut Model, action: Action) -> Option<Effect> {
         }
         Action::Slower => return set_interval(model, |i| INTERVALS.into_iter().find(|n| *n > i)),
         Action::Faster => return set_interval(model, |i| INTERVALS.into_iter().rev().find(|n| *n < i)),
-        Action::Help => toggle(model, Overlay::Help),
+        Action::Help => toggle(model, Overlay::Help(0)),
         Action::Findings => toggle(model, Overlay::Findings(0)),
         Action::Copy => toggle(model, Overlay::Copy(0)),
         Action::Back => back(model),
@@ -184,8 +184,9 @@ fn go(model: &mut Model, action: Action) {
     };
     let findings = model.findings().len().saturating_sub(1);
     let copies = clips(model).len().saturating_sub(1);
+    let lowest_help = view::lowest_help(model);
     match &mut model.overlay {
-        Some(Overlay::Help) => {}
+        Some(Overlay::Help(top)) => *top = to(*top, lowest_help),
         Some(Overlay::Findings(row)) => *row = to(*row, findings),
         Some(Overlay::Copy(row)) => *row = to(*row, copies),
         None if model.zoomed => model.scroll = to(model.scroll, usize::MAX - page),
@@ -241,7 +242,7 @@ fn enter(model: &mut Model) -> Option<Effect> {
                 show_panel(model, Panel::Bytes);
             }
         }
-        Some(Overlay::Help) => model.overlay = None,
+        Some(Overlay::Help(_)) => model.overlay = None,
         None => model.zoomed = !model.zoomed,
     }
     None
@@ -363,6 +364,9 @@ fn keep_in_sight(model: &mut Model) {
         model.top = selected + 1 - rows;
     }
     model.scroll = model.scroll.min(view::lowest_scroll(model));
+    if let Some(Overlay::Help(top)) = model.overlay {
+        model.overlay = Some(Overlay::Help(top.min(view::lowest_help(model))));
+    }
     if let Some(Overlay::Findings(row)) = model.overlay {
         model.overlay = Some(Overlay::Findings(row.min(model.findings().len().saturating_sub(1))));
     }

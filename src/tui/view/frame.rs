@@ -5,7 +5,7 @@ use ratatui::layout::Rect;
 
 use super::{Model, Piece, Theme, piece, put};
 use crate::monitor::finding::Severity;
-use crate::monitor::snapshot::{Image, Verdict};
+use crate::monitor::snapshot::Image;
 use crate::text::{counted, cut_middle, escape, escape_path, pad_end, span, to_ascii, width};
 use crate::tui::keymap::KEYMAP;
 use crate::tui::model::{Overlay, Table};
@@ -18,7 +18,7 @@ pub(super) fn title(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rec
         return;
     };
     let images = &snapshot.images;
-    let in_use = images.iter().filter(|i| i.verdict != Verdict::Free || !i.openers.is_empty()).count();
+    let in_use = images.iter().filter(|i| !i.held().is_empty() || !i.openers.is_empty()).count();
     let severity = |s| move |i: &&Image| i.findings.iter().any(|f| f.severity == s);
     let dangers = images.iter().filter(severity(Severity::Danger)).count();
     let unclear = images.iter().filter(|i| !i.verdict.is_certain()).count();
@@ -128,7 +128,7 @@ pub(super) fn bar(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect)
     }
     let mut pieces: Vec<Piece> = Vec::new();
     let hint = match model.overlay {
-        Some(Overlay::Help) => Some(" Esc or ? goes back"),
+        Some(Overlay::Help(_)) => Some(" Up Down scroll   Esc or ? goes back"),
         Some(Overlay::Findings(_)) => Some(" Enter goes to the image   Esc goes back"),
         Some(Overlay::Copy(_)) => Some(" Enter or a number copies   Esc goes back"),
         None if model.zoomed => Some(" Up Down scroll   Tab next panel   Esc goes back"),

@@ -8,7 +8,7 @@ use super::frame::short_path;
 use super::{HEAD_ROWS, Model, Piece, Theme, mark_selected, put};
 use crate::linux::descriptors::OpenMode;
 use crate::monitor::snapshot::{ByteState, ByteView, Image, Verdict};
-use crate::monitor::wording::{byte_mark, format_text, holders_text, role_text, size_text};
+use crate::monitor::wording::{byte_mark, format_text, holders_text, role_text, short_holders_text, size_text};
 use crate::protocol::Permission;
 use crate::text::{cut_middle, pad_end, pad_start, to_ascii, width};
 use crate::tui::sort::{Column, Order};
@@ -24,12 +24,14 @@ struct Columns {
     holders: bool,
 }
 
+/// Narrower than this, holders are named without the program that runs the VM.
+const WIDE: u16 = 100;
 const FORMAT: usize = 7;
 const SIZE: usize = 6;
 const ROLE: usize = 15;
 
 impl Columns {
-    fn of(total: u16, longest_name: usize) -> Self {
+    fn of(total: u16, longest_name: usize, longest_holders: usize) -> Self {
         let total = usize::from(total);
         let spaced = total >= 100;
         let facts = total >= 70;
@@ -37,10 +39,11 @@ impl Columns {
         let marks = if spaced { 21 } else { 11 };
         let fixed = 1 + 2 + marks + if facts { FORMAT + SIZE + 3 } else { 0 } + if role > 0 { role + 2 } else { 0 };
         let rest = total.saturating_sub(fixed);
-        // Holders get what a short list of them takes, names the rest, up to the longest.
+        // Names and holders share the rest: each gets what it needs if the other leaves it, names at least three fifths.
         let holders = total >= 60;
-        let name_room = if holders { (rest * 3 / 5).max(12).min(rest) } else { rest };
-        Self { name: longest_name.clamp(5, 60).min(name_room).max(5), spaced, facts, role, holders }
+        let name_room =
+            if holders { (rest * 3 / 5).max(12).max(rest.saturating_sub(longest_holders + 2)).min(rest) } else { rest };
+        Self { name: longest_name.min(name_room).max(5), spaced, facts, role, holders }
     }
 }
 
@@ -48,7 +51,9 @@ pub(super) fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect
     let images: Vec<&Image> = (0..model.rows.len()).filter_map(|row| model.image_at(row)).collect();
     let names: Vec<String> = images.iter().map(|i| short_name(model, theme, i)).collect();
     let longest = names.iter().map(|n| width(n)).max().unwrap_or_default();
-    let columns = Columns::of(area.width, longest);
+    let holders = |image: &Image| if area.width < WIDE { short_holders_text(image) } else { holders_text(image) };
+    let holders: Vec<String> = images.iter().map(|i| holders(i)).collect();
+    let columns = Columns::of(area.width, longest, holders.iter().map(|h| width(h)).max().unwrap_or_default());
     head(model, &columns, theme, buffer, area);
     let body = Rect { y: area.y + HEAD_ROWS, height: area.height.saturating_sub(HEAD_ROWS), ..area };
     if images.is_empty() {
@@ -61,10 +66,10 @@ pub(super) fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect
         return;
     }
     let selected = model.selected_row();
-    let rows = images.iter().zip(&names).enumerate().skip(model.top).take(body.height.into());
-    for (screen_row, (row, (image, name))) in (0u16..).zip(rows) {
+    let rows = images.iter().zip(names.iter().zip(&holders)).enumerate().skip(model.top).take(body.height.into());
+    for (screen_row, (row, (image, (name, holders)))) in (0u16..).zip(rows) {
         let is_selected = selected == Some(row);
-        put(buffer, theme, body, screen_row, &cells(&columns, theme, image, name, is_selected));
+        put(buffer, theme, body, screen_row, &cells(&columns, theme, image, (name, holders), is_selected));
         if is_selected {
             mark_selected(buffer, theme, body, screen_row);
         }
@@ -106,7 +111,13 @@ fn head(model: &Model, columns: &Columns, theme: &Theme, buffer: &mut Buffer, ar
     put(buffer, theme, area, 1, &[(pad_end(&text, area.width.into()).into(), theme.heading)]);
 }
 
-fn cells<'a>(columns: &Columns, theme: &Theme, image: &Image, name: &str, is_selected: bool) -> Vec<Piece<'a>> {
+fn cells<'a>(
+    columns: &Columns,
+    theme: &Theme,
+    image: &Image,
+    (name, holders): (&str, &str),
+    is_selected: bool,
+) -> Vec<Piece<'a>> {
     let worst = worst_style(theme, image);
     let name = pad_end(&cut_middle(name, columns.name, theme.cut), columns.name);
     let mut pieces: Vec<Piece> = vec![(format!("{}{name}  ", if is_selected { '>' } else { ' ' }).into(), theme.text)];
@@ -128,7 +139,7 @@ fn cells<'a>(columns: &Columns, theme: &Theme, image: &Image, name: &str, is_sel
         pieces.push((format!("  {}", pad_end(role_text(image), columns.role)).into(), worst));
     }
     if columns.holders {
-        pieces.push((format!("  {}", holders_text(image)).into(), theme.text));
+        pieces.push((format!("  {holders}").into(), theme.text));
     }
     pieces
 }

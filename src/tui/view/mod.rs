@@ -97,6 +97,12 @@ pub fn lowest_scroll(model: &Model) -> usize {
     if model.scroll == 0 { 0 } else { panels::line_count(model).saturating_sub(panel_room(model)) }
 }
 
+/// The last line at which the help may begin.
+#[must_use]
+pub fn lowest_help(model: &Model) -> usize {
+    overlay::help_overhang(model.size)
+}
+
 /// What is at this place of the screen.
 #[must_use]
 pub fn target(model: &Model, column: u16, row: u16) -> Option<Target> {

@@ -27,38 +27,44 @@ pub(super) fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect
         }
     }
     match model.overlay {
-        Some(Overlay::Help) => help(theme, buffer, area),
+        Some(Overlay::Help(top)) => help(theme, buffer, area, top),
         Some(Overlay::Findings(row)) => findings(model, theme, buffer, area, row),
         Some(Overlay::Copy(row)) => copies(model, theme, buffer, area, row),
         None => {}
     }
 }
 
-/// Keys in as many columns as fit, then the marks.
-fn help(theme: &Theme, buffer: &mut Buffer, area: Rect) {
+fn help_lines(theme: &Theme) -> Vec<Vec<Piece<'static>>> {
     let entry = |key: &str, text: &'static str| {
         vec![piece(format!(" {}", pad_end(key, 10)), theme.key), piece(text, theme.text)]
     };
-    let keys = KEYMAP.iter().filter(|b| !b.help.is_empty()).map(|b| entry(b.label, b.help));
     let heading = |text: &'static str| vec![piece(text, theme.heading)];
-    let mut lines: Vec<Vec<Piece>> = vec![heading(" Keys")];
-    lines.extend(keys);
+    let mut lines = vec![heading(" Keys")];
+    lines.extend(KEYMAP.iter().filter(|b| !b.help.is_empty()).map(|b| entry(b.label, b.help)));
     lines.push(heading(" Marks"));
     lines.extend(MARKS.iter().map(|(mark, text)| entry(mark, text)));
-    let height = usize::from(area.height).max(1);
-    let columns = lines.len().div_ceil(height).max(1);
+    lines
+}
+
+/// A column narrower than this would cut most lines.
+const HELP_COLUMN: usize = 58;
+
+/// How many lines of the help do not fit a screen of this size.
+pub(super) fn help_overhang(size: (u16, u16)) -> usize {
+    let theme = Theme::new(crate::tui::Look { color: false, ascii: true, mouse: false });
+    let rows = usize::from(size.1.saturating_sub(2));
+    let columns = (usize::from(size.0) / HELP_COLUMN).max(1);
+    help_lines(&theme).len().saturating_sub(rows * columns)
+}
+
+/// Keys and marks, in as many columns as fit.
+fn help(theme: &Theme, buffer: &mut Buffer, area: Rect, top: usize) {
+    let lines = help_lines(theme);
+    let columns = (usize::from(area.width) / HELP_COLUMN).max(1);
     let width = usize::from(area.width) / columns;
-    if width < 38 {
-        // Too narrow for columns: as much as fits, the keys first.
-        for (row, pieces) in (0u16..area.height).zip(&lines) {
-            put(buffer, theme, area, row, pieces);
-        }
-        return;
-    }
-    for (i, column) in lines.chunks(height).enumerate() {
+    for (i, column) in lines[top.min(lines.len())..].chunks(usize::from(area.height).max(1)).take(columns).enumerate() {
         let x = u16::try_from(i * width).unwrap_or(u16::MAX);
-        let column_width = u16::try_from(width - 1).unwrap_or(area.width);
-        let place = Rect { x: area.x + x, width: column_width, ..area };
+        let place = Rect { x: area.x + x, width: u16::try_from(width - 1).unwrap_or(area.width), ..area };
         for (row, pieces) in (0u16..).zip(column) {
             put(buffer, theme, place, row, pieces);
         }

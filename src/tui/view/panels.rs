@@ -185,7 +185,10 @@ fn holders<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Lines<'a> {
         lines.push(vec![piece(text, theme.warning)]);
     }
     if lines.is_empty() {
-        lines.push(vec![piece(" nobody holds it, and nobody has it open", theme.dim)]);
+        let all_seen = model.snapshot.as_ref().is_some_and(|s| s.complete);
+        let text =
+            if all_seen { " nobody holds it, and nobody has it open" } else { " nobody that can be seen has it open" };
+        lines.push(vec![piece(text, theme.dim)]);
     }
     lines
 }
