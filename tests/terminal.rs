@@ -44,7 +44,7 @@ fn assert_given_back(pty: &Pty) {
 fn the_first_screen_shows_the_images_and_q_quits() {
     let images = three_images();
     let mut pty = dashboard(&images, 80, 24);
-    let screen = pty.wait_for("3 images");
+    pty.wait_for("3 images");
     for text in
         ["qlock-top", "IMAGE", "a.raw", "b.raw", "c.raw", "0 in use", "? help", "1 Bytes", "204 denies graph-mod"]
     {

@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,8 @@ pub struct Touched {
     pub written: HashSet<PathBuf>,
     /// Something was made, removed or renamed.
     pub listing: bool,
+    /// Events come so fast that following them costs more than it tells.
+    pub flooded: bool,
     /// The kernel's queue overflowed or the watch failed: anything may have happened.
     pub lost: bool,
 }
@@ -29,7 +32,7 @@ impl Touched {
     /// Whether nothing happened.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.files.is_empty() && !self.listing && !self.lost
+        self.files.is_empty() && !self.listing && !self.lost && !self.flooded
     }
 }
 
@@ -38,6 +41,8 @@ pub struct ImageWatch {
     watcher: RecommendedWatcher,
     watched: HashSet<PathBuf>,
     state: Arc<Mutex<State>>,
+    /// Set by a flood: nothing is taken in until [`ImageWatch::listen`].
+    deaf: Arc<AtomicBool>,
 }
 
 #[derive(Default)]
@@ -45,6 +50,8 @@ struct State {
     touched: Touched,
     announced: HashMap<PathBuf, Announced>,
     watched_directories: HashSet<PathBuf>,
+    /// Events since this moment.
+    rate: Option<(Instant, u32)>,
 }
 
 /// Opens of our own whose events have not come yet.
@@ -57,6 +64,9 @@ struct Announced {
 /// Events come within milliseconds. An announcement that is older was for a file that no watch covers, or two equal
 /// events were merged (inotify(7)); it must not hide what somebody else does.
 const ANNOUNCEMENT_LASTS: Duration = Duration::from_secs(1);
+
+/// More events than this in a second are a flood: a host that starts a hundred VMs at once stays far below.
+const FLOOD: u32 = 5_000;
 
 /// A poisoned lock is used as it is: the state is a set of hints, whole after each statement.
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
@@ -77,19 +87,27 @@ impl ImageWatch {
             | EventKindMask::ACCESS_CLOSE_NOWRITE;
         let state = Arc::new(Mutex::new(State::default()));
         let shared = Arc::clone(&state);
+        let deaf = Arc::new(AtomicBool::new(false));
+        let is_deaf = Arc::clone(&deaf);
         let handler = move |event: notify::Result<notify::Event>| {
+            // During a flood each event must cost next to nothing: notify reads on until none is left, and only then
+            // hears that it is to stop.
+            if is_deaf.load(Ordering::Relaxed) {
+                return;
+            }
             let news = {
                 let mut state = lock(&shared);
                 let idle = state.touched.is_empty();
                 state.take_event(event, Instant::now());
-                idle && !state.touched.is_empty()
+                is_deaf.store(state.touched.flooded, Ordering::Relaxed);
+                (idle || state.touched.flooded) && !state.touched.is_empty()
             };
             if news {
                 wake();
             }
         };
         let watcher = RecommendedWatcher::new(handler, Config::default().with_event_kinds(kinds))?;
-        Ok(Self { watcher, watched: HashSet::new(), state })
+        Ok(Self { watcher, watched: HashSet::new(), state, deaf })
     }
 
     /// Watches a directory for what happens in it, or a file.
@@ -103,6 +121,12 @@ impl ImageWatch {
         self.watcher.watch(path, RecursiveMode::NonRecursive)?;
         self.watched.insert(path.to_owned());
         Ok(())
+    }
+
+    /// Takes events in again after a flood.
+    pub fn listen(&self) {
+        lock(&self.state).rate = None;
+        self.deaf.store(false, Ordering::Relaxed);
     }
 
     /// No longer watches `path`; one that is gone already is fine.
@@ -162,6 +186,12 @@ impl State {
     }
 
     fn take_event(&mut self, event: notify::Result<notify::Event>, now: Instant) {
+        let (since, events) = self.rate.get_or_insert((now, 0));
+        if now.duration_since(*since) > Duration::from_secs(1) {
+            (*since, *events) = (now, 0);
+        }
+        *events += 1;
+        self.touched.flooded |= *events > FLOOD;
         let Ok(event) = event else {
             self.touched.lost = true;
             return;
@@ -298,6 +328,22 @@ mod tests {
             || Ok(notify::Event::new(EventKind::Access(AccessKind::Open(AccessMode::Any))).add_path(path.into()));
         state.take_event(open(), now + Duration::from_secs(2));
         assert!(state.touched.files.contains(path));
+    }
+
+    #[test]
+    fn a_flood_is_told_and_a_busy_host_is_none() {
+        let mut state = State::default();
+        let now = Instant::now();
+        let event =
+            || Ok(notify::Event::new(EventKind::Access(AccessKind::Open(AccessMode::Any))).add_path("/a".into()));
+        for i in 0..20_000 {
+            state.take_event(event(), now + Duration::from_millis(i));
+        }
+        assert!(!state.touched.flooded, "a thousand a second");
+        for _ in 0..=FLOOD {
+            state.take_event(event(), now + Duration::from_secs(60));
+        }
+        assert!(state.touched.flooded);
     }
 
     #[test]

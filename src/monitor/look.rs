@@ -52,6 +52,7 @@ pub struct Looker {
     watch: Option<ImageWatch>,
     watched_ids: BTreeMap<PathBuf, FileId>,
     unwatched: Vec<String>,
+    resting_until: Option<Instant>,
     mounts: Option<Mounts>,
     search: Search,
     host: String,
@@ -117,6 +118,7 @@ impl Looker {
             watch,
             watched_ids: BTreeMap::new(),
             unwatched: Vec::new(),
+            resting_until: None,
             mounts,
             host,
             entries: Vec::new(),
@@ -173,12 +175,25 @@ impl Looker {
     /// `/proc/locks` than when they were last looked at. Nothing is believed because of it; it says where to look.
     pub fn hint(&mut self) -> Hint {
         let listing = self.catalog.refresh();
-        if listing {
+        let rested = self.resting_until.take_if(|until| Instant::now() >= *until).is_some();
+        if let Some(watch) = self.watch.as_ref().filter(|_| rested) {
+            watch.listen();
+        }
+        if listing || rested {
             self.take_listing();
         }
         self.read_table();
         let files = self.images.keys().filter(|path| self.has_other_rows(path)).cloned().collect();
         Hint { listing, files }
+    }
+
+    /// Leaves inotify aside for a while: what changes then shows by [`hint`](Self::hint) and by the timer.
+    pub fn rest_from_events(&mut self, pause: Duration) {
+        if let Some(watch) = &mut self.watch {
+            let all: Vec<PathBuf> = watch.watched().cloned().collect();
+            all.iter().for_each(|path| watch.remove(path));
+            self.resting_until = Some(Instant::now() + pause);
+        }
     }
 
     /// Paths that could not be watched since the last call, in words: changes there show at the next tick only.
@@ -331,7 +346,7 @@ impl Looker {
         let listed: HashSet<&PathBuf> = self.entries.iter().map(|e| &e.resolved).collect();
         self.images.retain(|path, _| listed.contains(path));
         self.headers.retain(|path, _| listed.contains(path));
-        let Some(watch) = &mut self.watch else { return };
+        let Some(watch) = self.watch.as_mut().filter(|_| self.resting_until.is_none()) else { return };
         let points = self.catalog.watch_points();
         let ids = self.catalog.watch_ids();
         let stale = |path: &&PathBuf| !points.contains_key(*path) || self.watched_ids.get(*path) != ids.get(*path);

@@ -83,6 +83,8 @@ const REST: u32 = 4;
 /// `/proc/locks` and the directories are asked this often between two ticks, in at most a hundredth of one core.
 const HINT_PAUSE: Duration = Duration::from_millis(80);
 const HINT_SHARE: u32 = 100;
+/// After a flood of events nobody listens to them for this long.
+const EVENT_REST: Duration = Duration::from_secs(5);
 /// Between two lines about gaps.
 const GAP_PAUSE: Duration = Duration::from_secs(1);
 const SHORTEST_REST: Duration = Duration::from_millis(5);
@@ -275,6 +277,14 @@ impl Work {
             match self.inbox.recv_timeout(wait) {
                 Ok(Order::Nudge) => {
                     let touched = self.looker.watch().map(ImageWatch::take).unwrap_or_default();
+                    if touched.flooded {
+                        let pause = EVENT_REST.as_secs();
+                        agenda.gap(format!(
+                            "files are opened and closed too fast to follow: events are left aside for {pause} s"
+                        ));
+                        self.looker.rest_from_events(EVENT_REST);
+                        continue;
+                    }
                     // Whoever wrote and is gone before anybody looked held locks that nobody saw.
                     let missed: Vec<&PathBuf> =
                         touched.written.iter().filter(|p| !self.looker.knows_a_writer(p)).collect();
