@@ -207,6 +207,14 @@ fn the_readme_names_every_key_mark_and_command() {
 }
 
 #[test]
+fn the_readme_shows_a_screenshot_that_was_taken() {
+    let screenshots = root().join("assets/screenshots");
+    let shown = fs::read_to_string(screenshots.join("images-80x24.txt")).unwrap();
+    assert!(readme().contains(shown.trim_end()), "the README shows images-80x24.txt");
+    assert_eq!(fs::read_dir(screenshots).unwrap().count(), 3);
+}
+
+#[test]
 fn every_verdict_and_exit_status_is_in_the_readme() {
     let readme = readme();
     for verdict in ["free", "held", "held-by-kernel", "held-elsewhere", "unknown", "cannot-lock", "stalled"] {

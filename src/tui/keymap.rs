@@ -99,6 +99,7 @@ const fn control(keys: &'static [KeyCode], action: Action, label: &'static str, 
 /// Every key while no text is being typed.
 pub const KEYMAP: &[Binding] = &[
     plain(&[KeyCode::Char('?'), KeyCode::F(1)], Action::Help, "?", "help", "show or hide this list"),
+    plain(&[KeyCode::Char('q')], Action::Quit, "q", "quit", "quit"),
     plain(&[KeyCode::Up, KeyCode::Char('k')], Action::Up, "Up k", "", "one row up"),
     plain(&[KeyCode::Down, KeyCode::Char('j')], Action::Down, "Down j", "", "one row down"),
     plain(&[KeyCode::PageUp], Action::PageUp, "PgUp", "", "a screenful up"),
@@ -135,7 +136,6 @@ pub const KEYMAP: &[Binding] = &[
     plain(&[KeyCode::Char('m')], Action::Mouse, "m", "", "listen to the mouse, or no longer"),
     control(&[KeyCode::Char('l')], Action::Redraw, "Ctrl-L", "draw the screen again"),
     control(&[KeyCode::Char('z')], Action::Suspend, "Ctrl-Z", "back to the shell; fg returns"),
-    plain(&[KeyCode::Char('q')], Action::Quit, "q", "quit", "quit"),
     control(&[KeyCode::Char('c'), KeyCode::Char('d')], Action::Quit, "Ctrl-C", "quit, as Ctrl-D does"),
 ];
 
