@@ -1,0 +1,174 @@
+//! Does what was seen fit together, and how long is it worth searching on?
+//!
+//! What GETLK found, what descriptors hold and what `/proc/locks` lists must tell the same story. Where they do not, the
+//! search goes deeper, and before a lock is called ownerless it is asked once more whether it is there at all.
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::super::sample::Answer;
+use super::super::search::Depth;
+use super::Looker;
+use crate::image::catalog::Entry;
+use crate::linux::descriptors::{OpenDescriptor, OpenMode};
+use crate::linux::identity::FileId;
+use crate::linux::lock_table::{LockKind, LockRecord};
+use crate::linux::probe::BytesFound;
+use crate::protocol::LockByte;
+
+/// When everything was last walked, and what for.
+#[derive(Default)]
+pub(super) struct Walks {
+    last: Option<Instant>,
+    cost: Duration,
+    /// The locks that a whole walk could not explain, and when: the same ones are not walked for at every look.
+    in_vain: HashMap<FileId, (Instant, Answer, Vec<LockRecord>)>,
+    /// The rows and the descriptors that last fitted together.
+    explained: HashMap<FileId, (usize, Vec<OpenDescriptor>)>,
+}
+
+/// Whole walks for openers without a lock, and for locks that the last walk did not explain, take at most this part of
+/// one core.
+const WALK_SHARE: u32 = 100;
+
+const WALK_PAUSE: Duration = Duration::from_secs(10);
+
+/// A lock that comes and goes between our questions looks ownerless; this often it is asked again.
+const ATTEMPTS: usize = 4;
+
+/// As long as the kernel takes to close the files of a process that has ended.
+const CLOSING: Duration = Duration::from_millis(5);
+
+/// A program opens an image a few milliseconds before it locks it. Who has it open for longer without a lock means to.
+const OPENING: Duration = Duration::from_millis(25);
+
+impl Walks {
+    /// Whether it is time to walk everything though nothing but time asks for it.
+    pub(super) fn is_due(&self) -> bool {
+        self.last.is_none_or(|at| at.elapsed() > self.pause())
+    }
+
+    /// The time between two whole walks that nothing but time asks for.
+    fn pause(&self) -> Duration {
+        WALK_PAUSE.max(self.cost * WALK_SHARE)
+    }
+}
+
+impl Looker {
+    /// Goes on searching until each lock has a holder or it is certain that none can be found.
+    pub(super) fn explain(&mut self, mut open: Vec<Entry>, wanted: &HashSet<FileId>) {
+        for attempt in 0..ATTEMPTS {
+            open.retain(|e| !self.is_explained(&e.resolved) && !self.was_in_vain(&e.resolved));
+            if open.is_empty() {
+                return;
+            }
+            if attempt == 0 {
+                self.scan(Depth::Changed, wanted);
+            } else {
+                self.walk_all(wanted);
+            }
+            if attempt > 0 {
+                // A process that ends has no descriptors any more while the kernel still closes them one by one, and
+                // nothing tells when it has done.
+                std::thread::sleep(CLOSING);
+            }
+            // It may be gone by now, or the table may have missed a row.
+            self.read_table();
+            self.ask(&mut open);
+            self.search.refresh(&self.ids(&open));
+        }
+        open.retain(|e| !self.is_explained(&e.resolved));
+        for image in open.iter().filter_map(|e| self.images.get(&e.resolved)) {
+            let vain = (Instant::now(), image.answer.clone(), image.table_rows.clone());
+            self.walks.in_vain.insert(image.file, vain);
+        }
+    }
+
+    /// Whether a whole walk has not explained the very same locks a short while ago.
+    pub(super) fn was_in_vain(&self, resolved: &Path) -> bool {
+        let Some(image) = self.images.get(resolved) else { return false };
+        let known = self.walks.in_vain.get(&image.file);
+        known.is_some_and(|(at, answer, rows)| {
+            at.elapsed() < self.walks.pause() && *answer == image.answer && *rows == image.table_rows
+        })
+    }
+
+    /// Whether each held byte has a holder, each holder's byte is held, and the table lists no lock of which we know no
+    /// owner.
+    pub(super) fn is_explained(&mut self, resolved: &Path) -> bool {
+        let Some(image) = self.images.get(resolved) else { return true };
+        let Answer::Bytes(found) = &image.answer else { return true };
+        let descriptors = self.search.descriptors(image.file);
+        let explained = fits(found, descriptors, &image.table_rows, self.walks.explained.get(&image.file));
+        if explained {
+            let holders = descriptors.iter().filter(|d| !d.locks.is_empty()).cloned().collect();
+            self.walks.explained.insert(image.file, (image.table_rows.len(), holders));
+            self.walks.in_vain.remove(&image.file);
+        }
+        explained
+    }
+
+    pub(super) fn walk_all(&mut self, wanted: &HashSet<FileId>) {
+        let started = Instant::now();
+        self.scan(Depth::All, wanted);
+        self.walks.cost = started.elapsed();
+        self.walks.last = Some(Instant::now());
+        self.walks.in_vain.retain(|file, _| wanted.contains(file));
+        self.walks.explained.retain(|file, _| wanted.contains(file));
+    }
+
+    /// Has each new writer without a lock seen twice: one that is about to lock, or is being refused, is no danger.
+    pub(super) fn confirm_writers(&mut self) {
+        let unlocked = |d: &&OpenDescriptor| d.mode == OpenMode::Write && d.locks.is_empty();
+        let files: Vec<FileId> = self.images.values().map(|i| i.file).collect();
+        let all: Vec<OpenDescriptor> =
+            files.iter().flat_map(|f| self.search.descriptors(*f)).filter(unlocked).cloned().collect();
+        let new: HashSet<FileId> = all.iter().filter(|d| !self.confirmed.contains(*d)).map(|d| d.file).collect();
+        if !new.is_empty() {
+            std::thread::sleep(OPENING);
+            self.search.refresh(&new);
+        }
+        let now = files.iter().flat_map(|f| self.search.descriptors(*f)).filter(unlocked);
+        self.confirmed = now.cloned().collect();
+    }
+}
+
+/// Whether what GETLK found, what descriptors hold and what the table lists tell the same story.
+fn fits(
+    found: &BytesFound,
+    descriptors: &[OpenDescriptor],
+    rows: &[LockRecord],
+    before: Option<&(usize, Vec<OpenDescriptor>)>,
+) -> bool {
+    let counts = |r: &&LockRecord| !r.waiting && matches!(r.kind, LockKind::Ofd | LockKind::Posix);
+    let held =
+        |byte: LockByte| descriptors.iter().flat_map(|d| &d.locks).filter(counts).any(|r| r.covers(byte.offset()));
+    if !LockByte::ALL.into_iter().all(|b| held(b) == found.locked.contains(b)) {
+        return false;
+    }
+    let same = |a: &LockRecord, b: &LockRecord| (a.kind, a.mode, a.start, a.end) == (b.kind, b.mode, b.start, b.end);
+    // As many rows of one range as there are owners: with fewer known ones, somebody is missing. POSIX locks are printed
+    // behind each descriptor of their process and count once for it.
+    let owners = |row: &LockRecord| {
+        let has = |d: &&OpenDescriptor| d.locks.iter().filter(counts).any(|r| same(r, row));
+        let mut owners: Vec<(i32, i32)> = descriptors
+            .iter()
+            .filter(has)
+            .map(|d| (d.pid, if row.kind == LockKind::Posix { 0 } else { d.fd }))
+            .collect();
+        owners.sort_unstable();
+        owners.dedup();
+        owners.len()
+    };
+    let listed = |row: &LockRecord| owners(row) >= rows.iter().filter(counts).filter(|r| same(r, row)).count();
+    if !rows.iter().filter(counts).all(listed) {
+        return false;
+    }
+    // Several descriptors may share one description: then they are more than the rows, and could hide another owner. New
+    // rows with the same holders as before mean just that.
+    let unchanged = |(_, holders): &(usize, Vec<OpenDescriptor>)| {
+        holders.iter().eq(descriptors.iter().filter(|d| !d.locks.is_empty()))
+    };
+    !before.is_some_and(|b| rows.len() > b.0 && unchanged(b))
+}
