@@ -142,3 +142,20 @@ impl Pty {
         wait_for("the end of the program", || self.running.0.try_wait().unwrap())
     }
 }
+
+impl Drop for Pty {
+    /// Ends the program in the way that lets it clean up, also when the test fails.
+    fn drop(&mut self) {
+        self.stalled.store(false, Ordering::SeqCst);
+        let pid = nix::unistd::Pid::from_raw(self.running.pid());
+        for signal in [nix::sys::signal::Signal::SIGCONT, nix::sys::signal::Signal::SIGTERM] {
+            if matches!(self.running.0.try_wait(), Ok(None)) {
+                let _ = nix::sys::signal::kill(pid, signal);
+            }
+        }
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        while matches!(self.running.0.try_wait(), Ok(None)) && std::time::Instant::now() < deadline {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+}
