@@ -83,18 +83,18 @@ fn a_lock_shows_and_goes_while_one_looks() {
 fn the_cursor_stays_on_its_image() {
     let images = three_images();
     let pty = dashboard(&images, 80, 24);
-    pty.wait_for(">a.raw");
+    pty.wait_for("> a.raw");
     pty.keys("G");
-    pty.wait_for(">c.raw");
+    pty.wait_for("> c.raw");
     pty.keys("k");
-    pty.wait_for(">b.raw");
+    pty.wait_for("> b.raw");
     images.raw("aa.raw");
     pty.wait_for("4 images");
-    pty.wait_for(">b.raw");
+    pty.wait_for("> b.raw");
     std::fs::remove_file(images.path("b.raw")).unwrap();
-    pty.wait_for(">c.raw");
+    pty.wait_for("> c.raw");
     pty.keys("\x1b[A");
-    pty.wait_for(">aa.raw");
+    pty.wait_for("> aa.raw");
 }
 
 #[test]
@@ -115,9 +115,9 @@ fn every_size_down_to_one_cell_is_survived() {
     pty.resize(80, 24);
     pty.wait_for("Marks");
     pty.keys("\x0c\x1b");
-    pty.wait_for(">a.raw");
+    pty.wait_for("> a.raw");
     pty.keys("G");
-    pty.wait_for(">c.raw");
+    pty.wait_for("> c.raw");
     pty.keys("\x03");
     assert_eq!(pty.wait_for_end().code(), Some(0));
     assert_given_back(&pty);
@@ -197,7 +197,7 @@ fn nothing_is_written_while_nothing_changes() {
         Some(())
     });
     pty.keys("j");
-    pty.wait_for(">b.raw");
+    pty.wait_for("> b.raw");
     assert!(pty.written() - count < 600, "{} bytes for two changed rows and the panel", pty.written() - count);
 }
 
@@ -272,7 +272,7 @@ fn a_changed_row_is_one_write_of_at_most_300_bytes() {
     pty.wait_for("3 images");
     pty.wait_for("204 denies graph-mod");
     pty.keys("j");
-    pty.wait_for(">b.raw");
+    pty.wait_for("> b.raw");
     let first = wait_for("the first two frames in the log", || Some(writes(log.path())).filter(|w| w.len() >= 2));
     // Another row than the selected one, and the first: it stays where it is, and besides it only the count changes.
     let held = HeldAccess::acquire(&images.path("a.raw"), "cw/w".parse().unwrap()).unwrap();
@@ -340,7 +340,7 @@ fn the_shell_gets_the_terminal_while_it_is_stopped() {
         pty.wait_for("3 images");
         assert_ne!(pty.before.local_flags, pty.termios().local_flags, "raw mode");
         pty.keys("j");
-        pty.wait_for(">b.raw");
+        pty.wait_for("> b.raw");
         pty.keys("q");
         assert_eq!(pty.wait_for_end().code(), Some(0));
         assert_given_back(&pty);
@@ -382,7 +382,7 @@ fn the_mouse_is_off_until_it_is_asked_for() {
     });
     // A click on the second row of the table.
     pty.keys("\x1b[<0;5;5M\x1b[<0;5;5m");
-    pty.wait_for(">b.raw");
+    pty.wait_for("> b.raw");
     kill(Pid::from_raw(pty.running.pid()), Signal::SIGTERM).unwrap();
     pty.wait_for_end();
     assert_given_back(&pty);

@@ -246,6 +246,19 @@ fn what_a_slow_reader_missed_is_told_as_a_gap() {
 }
 
 #[test]
+fn a_deleted_image_that_is_used_is_told_at_once() {
+    let images = Images::new();
+    let path = images.raw("a.raw");
+    let held = HeldAccess::acquire(&path, "cw/w".parse().unwrap()).unwrap();
+    let watch = Watch::start(images.dir(), NEVER);
+    std::fs::remove_file(&path).unwrap();
+    let event = watch.event("the finding", |e| e["kind"] == "finding");
+    assert!(event["text"].as_str().unwrap().contains("a.raw is deleted, but"), "{event}");
+    drop(held);
+    watch.event("its end", |e| e["kind"] == "finding-cleared");
+}
+
+#[test]
 fn two_watchers_do_not_wake_each_other_for_ever() {
     let images = Images::new();
     let path = images.raw("a.raw");

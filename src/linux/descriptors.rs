@@ -131,13 +131,12 @@ fn is_image_kind(status: &FileStatus) -> bool {
     matches!(status.kind, FileKind::Regular | FileKind::Block)
 }
 
-/// The path that a descriptor was opened by, as the kernel tells it: for show only. A deleted file's path comes without
-/// the kernel's ` (deleted)`.
+/// The path that a deleted file had when it was opened, as the kernel tells it: for show only. `None` for a file that
+/// still has a name.
 #[must_use]
-pub fn opened_path(roots: &Roots, pid: i32, fd: i32) -> Option<PathBuf> {
+pub fn deleted_path(roots: &Roots, pid: i32, fd: i32) -> Option<PathBuf> {
     let link = std::fs::read_link(roots.proc.join(format!("{pid}/fd/{fd}"))).ok()?;
-    let bytes = link.as_os_str().as_bytes();
-    let path = bytes.strip_suffix(b" (deleted)").unwrap_or(bytes);
+    let path = link.as_os_str().as_bytes().strip_suffix(b" (deleted)")?;
     Some(PathBuf::from(OsStr::from_bytes(path)))
 }
 

@@ -38,7 +38,9 @@ pub fn advice(process: &ProcessFacts) -> Advice {
             release: format!("# stop the VM of pod {pod} by its manager: virtctl stop NAME"),
         };
     }
-    if unit.ends_with(".service") && !unit.starts_with("user@") {
+    // A service that is named after the program is the program's; one that merely started it, such as cron, is not.
+    let program = process.command.split(['-', '@', ' ']).next().unwrap_or_default();
+    if unit.ends_with(".service") && !program.is_empty() && unit.contains(program) {
         let unit = in_shell(unit);
         return Advice { inspect: format!("systemctl status {unit}"), release: format!("systemctl stop {unit}") };
     }
@@ -50,21 +52,14 @@ pub fn advice(process: &ProcessFacts) -> Advice {
     }
 }
 
-/// What to type about an image that is held, but not by anybody here.
+/// What to type about an image that is held, but not by anybody who can be named.
 #[must_use]
-pub fn advice_for_image(image: &Image) -> Option<Advice> {
+pub fn advice_for_ownerless(image: &Image) -> Option<Advice> {
     let path = quote(&image.path.to_string_lossy());
-    image
-        .holders
-        .first()
-        .map(|h| advice(&h.process))
-        .or_else(|| image.openers.first().map(|o| advice(&o.process)))
-        .or_else(|| {
-            (!image.held().is_empty()).then(|| Advice {
-                inspect: format!("losetup -j {path}; findmnt -T {path}"),
-                release: "# the holder is not on this host, or cannot be seen by this user".to_owned(),
-            })
-        })
+    (!image.ownerless().is_empty()).then(|| Advice {
+        inspect: format!("losetup -j {path}; findmnt -T {path}"),
+        release: "# the holder is not on this host, or cannot be seen by this user".to_owned(),
+    })
 }
 
 /// `text` as one word of a shell, without anything that acts on a terminal.
@@ -97,7 +92,8 @@ mod tests {
     fn each_manager_is_asked_in_its_own_words() {
         assert_eq!(release(Some("web01"), Some(r"machine-qemu\x2d1\x2dweb01.scope"), None), "virsh shutdown web01");
         assert_eq!(release(Some("db"), Some("101.scope"), None), "qm shutdown 101");
-        assert_eq!(release(None, Some("backup.service"), None), "systemctl stop backup.service");
+        assert_eq!(release(None, Some("qemu-nbd@vdb.service"), None), "systemctl stop qemu-nbd@vdb.service");
+        assert!(release(None, Some("cron.service"), None).ends_with("&& kill 42"));
         assert!(release(Some("x"), None, Some("0123 pod 1-2")).contains("virtctl stop"));
         assert!(release(None, Some("session-4.scope"), None).ends_with("= 1042 ] && kill 42"));
     }

@@ -188,9 +188,10 @@ pub fn findings_between(images: &mut [Image]) {
     }
 }
 
-/// What concerns none of the listed images alone.
+/// What concerns none of the listed images alone. Where it says of the host what would be said of each image, it is said
+/// of them more quietly.
 #[must_use]
-pub fn findings_of_host(images: &[Image], sample: &Sample) -> Vec<Finding> {
+pub fn findings_of_host(images: &mut [Image], sample: &Sample) -> Vec<Finding> {
     let mut all = Vec::new();
     for image in &sample.deleted {
         let who = sample.processes.get(&image.descriptor.pid).map(process_name).unwrap_or_default();
@@ -218,6 +219,11 @@ pub fn findings_of_host(images: &[Image], sample: &Sample) -> Vec<Finding> {
             counted(unlocked.len(), "VM", "VMs")
         );
         all.push(finding("locking-off", Severity::Warning, text));
+        for finding in images.iter_mut().flat_map(|i| &mut i.findings).filter(|f| f.code == "unlocked-writer") {
+            if finding.severity == Severity::Warning {
+                finding.severity = Severity::Note;
+            }
+        }
     }
     all
 }
@@ -244,7 +250,7 @@ fn legacy_bytes(image: &Image) -> Option<Finding> {
         held.unshared.difference(PermissionSet::CURRENT),
     );
     // A range over everything is told as what it is.
-    let explained = image.holders.iter().all(|h| h.access.intersection(legacy).is_empty());
+    let explained = image.holders.iter().any(|h| h.foreign.is_some());
     (!legacy.is_empty() && !explained).then(|| {
         let text = "byte 104 or 204 (graph-mod) is held: QEMU 6.2 or older; newer QEMU does not look at it";
         finding("legacy-bytes", Severity::Note, text.to_owned())

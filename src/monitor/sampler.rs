@@ -38,10 +38,27 @@ pub struct Options {
 pub struct Update {
     /// The newest snapshot, if one came since the last call.
     pub snapshot: Option<Arc<Snapshot>>,
-    /// What may have been missed since, in words.
-    pub gaps: Vec<String>,
+    /// What may have been missed since.
+    pub gaps: Vec<Gap>,
     /// The thread has ended: nothing more will come.
     pub ended: bool,
+}
+
+/// Something may have been missed.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Gap {
+    /// About which image; `None`: about any.
+    pub image: Option<PathBuf>,
+    /// Why, in words.
+    pub text: String,
+}
+
+impl Gap {
+    /// A gap that may concern any image.
+    #[must_use]
+    pub fn anywhere(text: impl Into<String>) -> Self {
+        Self { image: None, text: text.into() }
+    }
 }
 
 /// A thread that looks, and the slot where it puts what it saw.
@@ -108,7 +125,8 @@ impl Sampler {
         let watch = watch
             .map_err(|e| {
                 let text = crate::text::escape(&e.to_string()).into_owned();
-                gaps.push(format!("inotify is not available ({text}): changes show at the next tick only"));
+                let text = format!("inotify is not available ({text}): changes show at the next tick only");
+                gaps.push(Gap::anywhere(text));
             })
             .ok();
         let (roots, interval) = (options.roots.clone(), options.interval);
@@ -183,7 +201,7 @@ struct Out {
 
 impl Out {
     /// Puts a snapshot into the slot if it says something new.
-    fn publish(&mut self, snapshot: Snapshot, gaps: Vec<String>) {
+    fn publish(&mut self, snapshot: Snapshot, gaps: Vec<Gap>) {
         lock(&self.slot).looked_at = Some(snapshot.taken_at);
         let news = self.last.as_ref().is_none_or(|last| !last.says_the_same(&snapshot));
         if !news && gaps.is_empty() {
@@ -194,9 +212,9 @@ impl Out {
         slot.update.gaps.extend(gaps);
         if news {
             if slot.update.snapshot.is_some() {
-                let text = "changes came faster than they were taken: some of them were merged";
-                if !slot.update.gaps.iter().any(|g| g == text) {
-                    slot.update.gaps.push(text.to_owned());
+                let merged = Gap::anywhere("changes came faster than they were taken: some of them were merged");
+                if !slot.update.gaps.contains(&merged) {
+                    slot.update.gaps.push(merged);
                 }
             }
             slot.update.snapshot = Some(Arc::clone(&snapshot));
@@ -240,7 +258,7 @@ struct Agenda {
     /// No hurried look before this.
     rested: Instant,
     /// What is to be told as a gap, and how often it happened.
-    gaps: BTreeMap<String, u32>,
+    gaps: BTreeMap<Gap, u32>,
     /// The next time gaps are told: many of a kind are one line.
     gaps_due: Instant,
 }
@@ -254,7 +272,10 @@ impl Work {
             let sample = if now >= agenda.tick {
                 let late = now - agenda.tick;
                 if late > self.interval.max(Duration::from_secs(1)) {
-                    agenda.gap(format!("a look came {} s late: the host or its storage is slow", late.as_secs()));
+                    agenda.gap(Gap::anywhere(format!(
+                        "a look came {} s late: the host or its storage is slow",
+                        late.as_secs()
+                    )));
                 }
                 let sample = self.looker.look(Scope::Everything);
                 // Never back to back: a look that takes long leaves as much time to others.
@@ -270,7 +291,7 @@ impl Work {
             };
             if let Some(sample) = sample {
                 agenda.rested = Instant::now() + SHORTEST_REST.max(now.elapsed() * REST);
-                self.looker.take_unwatched().into_iter().for_each(|text| agenda.gap(text));
+                self.looker.take_unwatched().into_iter().for_each(|text| agenda.gap(Gap::anywhere(text)));
                 self.out.publish(Snapshot::of(&sample), agenda.take_gaps());
             }
             let wait = agenda.next().saturating_duration_since(Instant::now());
@@ -279,18 +300,16 @@ impl Work {
                     let touched = self.looker.watch().map(ImageWatch::take).unwrap_or_default();
                     if touched.flooded {
                         let pause = EVENT_REST.as_secs();
-                        agenda.gap(format!(
+                        agenda.gap(Gap::anywhere(format!(
                             "files are opened and closed too fast to follow: events are left aside for {pause} s"
-                        ));
+                        )));
                         self.looker.rest_from_events(EVENT_REST);
                         continue;
                     }
                     // Whoever wrote and is gone before anybody looked held locks that nobody saw.
-                    let missed: Vec<&PathBuf> =
-                        touched.written.iter().filter(|p| !self.looker.knows_a_writer(p)).collect();
-                    if let Some(path) = missed.first() {
-                        let path = crate::text::escape_path(path);
-                        agenda.gap(format!("somebody wrote to {path} and was gone before it could be looked at"));
+                    for path in touched.written.iter().filter(|p| !self.looker.knows_a_writer(p)) {
+                        let text = "somebody wrote to it and was gone before it could be looked at";
+                        agenda.gap(Gap { image: self.looker.shown_path(path), text: text.to_owned() });
                     }
                     agenda.add(touched);
                 }
@@ -311,25 +330,28 @@ impl Agenda {
         Self { tick: now, hint: now, files: BTreeMap::new(), rested: now, gaps: BTreeMap::new(), gaps_due: now }
     }
 
-    fn gap(&mut self, text: String) {
-        *self.gaps.entry(text).or_default() += 1;
+    fn gap(&mut self, gap: Gap) {
+        *self.gaps.entry(gap).or_default() += 1;
     }
 
     /// What is to be told now: each kind once, with its number.
-    fn take_gaps(&mut self) -> Vec<String> {
+    fn take_gaps(&mut self) -> Vec<Gap> {
         let now = Instant::now();
         if self.gaps.is_empty() || now < self.gaps_due {
             return Vec::new();
         }
         self.gaps_due = now + GAP_PAUSE;
-        let line = |(text, times): (String, u32)| if times > 1 { format!("{text} ({times} times)") } else { text };
+        let line = |(gap, times): (Gap, u32)| match times {
+            0 | 1 => gap,
+            _ => Gap { text: format!("{} ({times} times)", gap.text), ..gap },
+        };
         std::mem::take(&mut self.gaps).into_iter().map(line).collect()
     }
 
     fn add(&mut self, touched: Touched) {
         let now = Instant::now();
         if touched.lost {
-            self.gap("the kernel's queue of file events overflowed: everything is looked at again".to_owned());
+            self.gap(Gap::anywhere("the kernel's queue of file events overflowed: everything is looked at again"));
         }
         if touched.lost || touched.listing {
             self.tick = self.tick.min(now.max(self.rested));

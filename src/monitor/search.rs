@@ -9,7 +9,7 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 
 use super::sample::DeletedImage;
-use crate::linux::descriptors::{self, NotListed, OpenDescriptor, ProcessEntry};
+use crate::linux::descriptors::{self, NotListed, OpenDescriptor, OpenMode, ProcessEntry};
 use crate::linux::identity::{FileId, FileKind, FileStatus};
 use crate::linux::process::{self, ProcessFacts, Users};
 use crate::linux::{ReadError, Roots};
@@ -41,6 +41,11 @@ struct Seen {
     descriptors: u64,
     /// A user's process that may not be read.
     hidden: bool,
+}
+
+/// Whether it is worth telling that a deleted file is used like that.
+fn matters(descriptor: &OpenDescriptor) -> bool {
+    !descriptor.locks.is_empty() || descriptor.mode == OpenMode::Write
 }
 
 /// Below this many processes a walk is done before threads for it would have started.
@@ -75,9 +80,19 @@ impl Search {
         &self.deleted
     }
 
-    /// Forgets files that are no longer watched.
+    /// Forgets files that are no longer watched; one that was deleted while somebody uses it is remembered as such.
     pub(super) fn keep_only(&mut self, files: &HashSet<FileId>) {
-        self.known.retain(|file, _| files.contains(file));
+        let gone: Vec<OpenDescriptor> =
+            self.known.extract_if(|file, _| !files.contains(file)).flat_map(|(_, descriptors)| descriptors).collect();
+        for old in gone {
+            let still = descriptors::again(&self.roots, old.pid, old.fd, old.file).filter(matters);
+            self.deleted.extend(still.and_then(|descriptor| self.as_deleted(descriptor)));
+        }
+    }
+
+    fn as_deleted(&self, descriptor: OpenDescriptor) -> Option<DeletedImage> {
+        let path = descriptors::deleted_path(&self.roots, descriptor.pid, descriptor.fd)?;
+        Some(DeletedImage { path, descriptor })
     }
 
     /// Reads the known descriptors of `files` again: what they hold now, and whether they are open still.
@@ -97,7 +112,7 @@ impl Search {
         }
         self.deleted.retain_mut(|d| {
             let old = &d.descriptor;
-            let now = descriptors::again(&self.roots, old.pid, old.fd, old.file).filter(|d| !d.locks.is_empty());
+            let now = descriptors::again(&self.roots, old.pid, old.fd, old.file).filter(matters);
             now.map(|now| d.descriptor = now).is_some()
         });
         for file in files {
@@ -134,9 +149,8 @@ impl Search {
                     for descriptor in found {
                         if wanted.contains(&descriptor.file) {
                             self.known.entry(descriptor.file).or_default().push(descriptor);
-                        } else if !descriptor.locks.is_empty() {
-                            let path = descriptors::opened_path(&self.roots, descriptor.pid, descriptor.fd);
-                            self.deleted.extend(path.map(|path| DeletedImage { path, descriptor }));
+                        } else if matters(&descriptor) {
+                            self.deleted.extend(self.as_deleted(descriptor));
                         }
                     }
                     false

@@ -183,6 +183,8 @@ pub struct Image {
     pub openers: Vec<Opener>,
     /// What an admin should know about it.
     pub findings: Vec<Finding>,
+    /// How many of the watched images stand on it directly.
+    pub overlays: usize,
 }
 
 impl Image {
@@ -223,7 +225,7 @@ impl Snapshot {
     pub fn of(sample: &Sample) -> Self {
         let mut images: Vec<Image> = sample.images.iter().map(|i| understand(i, sample)).collect();
         findings_between(&mut images);
-        let findings = findings_of_host(&images, sample);
+        let findings = findings_of_host(&mut images, sample);
         let answered = |i: &ImageSample| matches!(i.answer, Answer::Bytes(_));
         Self {
             taken_at: sample.taken_at,
@@ -277,6 +279,11 @@ fn understand(image: &ImageSample, sample: &Sample) -> Image {
         holders,
         openers,
         findings: Vec::new(),
+        overlays: sample
+            .images
+            .iter()
+            .filter(|i| i.backing.as_ref().is_some_and(|b| b.file == Some(image.file)))
+            .count(),
     };
     understood.findings = findings(&understood, image, sample);
     understood

@@ -6,7 +6,8 @@
 use std::path::PathBuf;
 
 use super::snapshot::{ByteState, Holder, Image, Snapshot};
-use crate::protocol::{HeldByOthers, Judgement, LockByte, Operation, Sentence, judge};
+use crate::linux::descriptors::OpenMode;
+use crate::protocol::{HeldByOthers, Judgement, LockByte, Operation, Permission, Sentence, judge};
 
 /// The answer for one program.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,8 +42,19 @@ pub struct WhatIf {
     pub operation: &'static Operation,
     /// Granted, refused or unknown.
     pub outcome: Outcome,
-    /// It is not refused, and it would overwrite an image that somebody has open.
-    pub overwrites_used_image: bool,
+    /// It is not refused, and that is the danger.
+    pub harm: Harm,
+}
+
+/// What a program that is granted would do to somebody who uses the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Harm {
+    /// Nothing.
+    None,
+    /// Throw the content away that somebody has open.
+    Overwrites,
+    /// Write while somebody else writes without a lock that would stop it.
+    WritesBesideWriter,
 }
 
 /// Every program that there is for the format of `image`.
@@ -72,9 +84,16 @@ pub fn what_if(snapshot: &Snapshot, image: &Image, operation: &'static Operation
             Judgement::Granted => below(snapshot, image, operation),
         }
     };
-    let destroys = recipe.destroys_after_step.is_some();
-    let overwrites_used_image = destroys && in_use && outcome == Outcome::Granted;
-    Some(WhatIf { operation, outcome, overwrites_used_image })
+    let widest = recipe.widest_access();
+    let writes = widest.permissions.contains(Permission::Write) || widest.permissions.contains(Permission::Resize);
+    let beside_writer = image.openers.iter().any(|o| o.mode == OpenMode::Write)
+        || image.holders.iter().any(|h| h.access.permissions.contains(Permission::Write));
+    let harm = match outcome {
+        Outcome::Granted if recipe.destroys_after_step.is_some() && in_use => Harm::Overwrites,
+        Outcome::Granted if writes && beside_writer => Harm::WritesBesideWriter,
+        _ => Harm::None,
+    };
+    Some(WhatIf { operation, outcome, harm })
 }
 
 /// The files below the image, nearest first; `Err` with the reason where the chain cannot be followed.
@@ -89,7 +108,7 @@ pub fn chain<'a>(snapshot: &'a Snapshot, image: &'a Image) -> Vec<Result<&'a Ima
             break;
         };
         let Some(file) = backing.file else {
-            chain.push(Err(format!("{shown} is missing, or no image")));
+            chain.push(Err(format!("{shown} is missing or no image: QEMU could not open it")));
             break;
         };
         if seen.contains(&file) {
@@ -160,7 +179,7 @@ fn holders_of(image: &Image, byte: LockByte) -> Vec<Holder> {
 mod tests {
     use super::*;
     use crate::linux::identity::FileId;
-    use crate::monitor::examples::{holds, image, process, sample};
+    use crate::monitor::examples::{descriptor, holds, image, process, sample};
     use crate::monitor::sample::{Answer, Backing, ImageSample};
 
     fn ask(images: Vec<ImageSample>, operation: &str) -> WhatIf {
@@ -189,8 +208,17 @@ mod tests {
     fn overwriting_what_somebody_reads_is_granted_and_told() {
         let held = ImageSample { descriptors: vec![holds(42, "c/-")], ..image("a", "c/-") };
         let answer = ask(vec![held], "create");
-        assert_eq!((answer.outcome, answer.overwrites_used_image), (Outcome::Granted, true));
-        assert!(!ask(vec![image("a", "-/-")], "create").overwrites_used_image);
+        assert_eq!((answer.outcome, answer.harm), (Outcome::Granted, Harm::Overwrites));
+        assert_eq!(ask(vec![image("a", "-/-")], "create").harm, Harm::None);
+    }
+
+    #[test]
+    fn writing_under_a_vm_that_holds_no_lock_is_granted_and_told() {
+        let writer = || descriptor(42, 3, OpenMode::Write, Vec::new());
+        let open = || ImageSample { descriptors: vec![writer()], ..image("a", "-/-") };
+        assert_eq!(ask(vec![open()], "snapshot-create").harm, Harm::WritesBesideWriter);
+        assert_eq!(ask(vec![open()], "info").harm, Harm::None);
+        assert_eq!(ask(vec![open()], "create").harm, Harm::Overwrites);
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //!
 //! Pure. Whatever others wrote is escaped here, so that what comes out may go to a terminal.
 
+use std::borrow::Cow;
+
 use super::snapshot::{ByteState, ByteView, ForeignRange, Holder, Image, Verdict};
 use crate::linux::descriptors::OpenMode;
 use crate::linux::process::ProcessFacts;
@@ -59,9 +61,21 @@ pub fn byte_mark(byte: &ByteView) -> char {
     }
 }
 
-/// What the image is used for, in at most 16 columns.
+/// What the image is used for, in at most 15 columns.
 #[must_use]
-pub fn role_text(image: &Image) -> &'static str {
+pub fn role_text(image: &Image) -> Cow<'static, str> {
+    let all_read = || image.holders.iter().all(|h| matches!(image.role_of(h), Role::Reader | Role::BackingFile));
+    if image.verdict == Verdict::Held && image.openers.is_empty() && all_read() {
+        // What the set of bytes leaves open, the neighbours tell.
+        return match image.overlays {
+            0 => "reader".into(),
+            n => format!("backing of {n}").into(),
+        };
+    }
+    plain_role(image).into()
+}
+
+fn plain_role(image: &Image) -> &'static str {
     if image.openers.iter().any(|o| o.mode == OpenMode::Write) {
         return "WRITER, NO LOCK";
     }
@@ -80,6 +94,7 @@ pub fn role_text(image: &Image) -> &'static str {
     let most = image.holders.iter().filter(|h| h.foreign.is_none()).max_by_key(|h| h.access.bytes().count());
     most.map_or("foreign lock", |h| match image.role_of(h) {
         Role::None => "-",
+        Role::Writer if h.process.command.starts_with("qemu-nbd") => Role::NbdExport.label(),
         role => role.label(),
     })
 }

@@ -55,7 +55,7 @@ impl<W: Write> Stream<W> {
         }
         let at = update.snapshot.as_ref().map_or_else(Timestamp::now, |s| s.taken_at);
         for gap in &update.gaps {
-            self.line(&Change::about(ChangeKind::Gap, at, None, gap.clone()))?;
+            self.line(&Change::about(ChangeKind::Gap, at, gap.image.as_deref(), gap.text.clone()))?;
         }
         if let Some(snapshot) = &update.snapshot
             && let Some(last) = self.last.replace(Arc::clone(snapshot))
@@ -71,7 +71,8 @@ impl<W: Write> Stream<W> {
             Format::Text(layout) => {
                 let time = change.at.to_zoned(TimeZone::system()).strftime("%F %T").to_string();
                 let text = match (&change.image, change.kind) {
-                    (_, ChangeKind::Gap) => format!("{time}  GAP: {}", change.text),
+                    (Some(image), ChangeKind::Gap) => format!("{time}  {}  GAP: {}", escape_path(image), change.text),
+                    (None, ChangeKind::Gap) => format!("{time}  GAP: {}", change.text),
                     (Some(image), ChangeKind::FindingCleared) => {
                         format!("{time}  {}  no longer: {}", escape_path(image), change.text)
                     }

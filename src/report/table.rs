@@ -98,7 +98,7 @@ pub fn write(mut out: impl Write, snapshot: &Snapshot, layout: Layout) -> io::Re
         for (image, name) in snapshot.images.iter().zip(&names) {
             let holders = holders_text(image);
             let (holders, marks) = (layout.plain(&holders), marks(image, between));
-            let cells = [name, format_text(image), &size_text(image), &marks, role_text(image), &holders];
+            let cells = [name, format_text(image), &size_text(image), &marks, &role_text(image), &holders];
             writeln!(out, "{}", line(cells))?;
         }
     }

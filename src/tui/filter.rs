@@ -179,6 +179,20 @@ fn pair(key: &str, value: &str) -> Result<Test, String> {
     })
 }
 
+impl Filter {
+    /// Whether a process fits what the filter says of processes; what it says of images does not matter here.
+    #[must_use]
+    pub fn matches_process(&self, process: &ProcessFacts) -> bool {
+        let fits = |term: &Term| match &term.test {
+            Test::Pid(pid) => process.id.pid == *pid,
+            Test::Vm(name) => process.vm.as_ref().is_some_and(|vm| vm.to_lowercase().contains(name)),
+            Test::User(name) => process.user.to_lowercase().contains(name),
+            _ => term.wanted,
+        };
+        self.terms.iter().all(|term| fits(term) == term.wanted)
+    }
+}
+
 impl Test {
     fn fits(&self, image: &Image) -> bool {
         let contains = |text: &str, part: &str| text.to_lowercase().contains(part);
@@ -187,7 +201,7 @@ impl Test {
         match self {
             Self::Word(word) => {
                 contains(&path(), word)
-                    || contains(role_text(image), word)
+                    || contains(&role_text(image), word)
                     || by(&|p| {
                         contains(&p.command, word)
                             || p.vm.as_ref().is_some_and(|vm| contains(vm, word))

@@ -25,6 +25,7 @@ use crate::linux::mounts::Reach;
 use crate::linux::process::ProcessFacts;
 use crate::monitor::examples::{descriptor, holds, image, mount, process, sample};
 use crate::monitor::sample::{Answer, Backing, DeletedImage, ImageSample, Sample};
+use crate::monitor::sampler::Gap;
 use crate::monitor::snapshot::Snapshot;
 
 fn header(format: Format, gib: u64) -> Option<Header> {
@@ -262,7 +263,7 @@ fn golden_events() {
     *web = ImageSample { descriptors: vec![], answer: image("a", "-/-").answer, ..web.clone() };
     later.deleted.push(DeletedImage { path: "/images/old.raw".into(), descriptor: holds(4242, "cw/w") });
     update(&mut model, Msg::Snapshot(Arc::new(Snapshot::of(&later))));
-    update(&mut model, Msg::Gap("the kernel's queue of file events overflowed".to_owned()));
+    update(&mut model, Msg::Gap(Gap::anywhere("the kernel's queue of file events overflowed")));
     press(&mut model, "5");
     golden("events", "newest first: what was let go and by whom, and that something may have been missed", model);
 }
@@ -361,7 +362,7 @@ fn copying_gives_text_that_acts_on_no_terminal() {
         let [Effect::Copy(text)] = effects.as_slice() else { panic!("{effects:?}") };
         assert!(!text.chars().any(crate::text::is_treacherous), "{text:?}");
     }
-    let effects = press(&mut on("web01.qcow2"), "c4");
+    let effects = press(&mut on("web01.qcow2"), "cjjj\n");
     assert_eq!(effects, [Effect::Copy("virsh shutdown web01".to_owned())]);
 }
 
@@ -397,7 +398,7 @@ fn message() -> impl Strategy<Value = Msg> {
             Msg::Snapshot(Arc::new(Snapshot::of(&sample)))
         }),
         1 => "\\PC{0,20}".prop_map(Msg::Paste),
-        1 => "\\PC{0,20}".prop_map(Msg::Gap),
+        1 => "\\PC{0,20}".prop_map(|text| Msg::Gap(Gap::anywhere(text))),
         1 => (0i64..1_000_000).prop_map(|s| Msg::Clock { now: at(s), looked_at: Some(at(s / 2)) }),
         1 => (0u16..300, 0u16..100, 0u8..3).prop_map(|(column, row, kind)| {
             use crossterm::event::{MouseButton, MouseEvent, MouseEventKind};

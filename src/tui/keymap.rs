@@ -4,6 +4,8 @@
 
 use crossterm::event::{KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 
+use super::model::{Model, Table};
+
 /// What a key asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
@@ -80,6 +82,50 @@ pub struct Binding {
     pub name: &'static str,
     /// One line for the help; empty: said by another line.
     pub help: &'static str,
+    /// When it does something.
+    pub when: When,
+}
+
+/// When a key does something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// Always.
+    Always,
+    /// While no list lies over the tables.
+    NoList,
+    /// While the table of images is shown, with its panels.
+    Images,
+}
+
+impl Binding {
+    /// Whether it does something now.
+    #[must_use]
+    pub fn is_valid(&self, model: &Model) -> bool {
+        let list = model.overlay.is_some();
+        match self.when {
+            When::Always => true,
+            When::NoList => !list,
+            When::Images => !list && model.table == Table::Images,
+        }
+    }
+}
+
+/// What keys do while a filter is typed: the rest is text.
+pub const TYPING: &[(&str, &str)] = &[
+    ("Enter", "keep the filter"),
+    ("Esc", "forget it"),
+    ("Ctrl-W", "forget the last word"),
+    ("Ctrl-U", "forget all of it"),
+    ("Up Down", "another row"),
+];
+
+/// An action is valid in the same places whatever key asks for it.
+const fn when(action: Action) -> When {
+    match action {
+        Action::NextPanel | Action::PreviousPanel | Action::Sort | Action::Reverse => When::Images,
+        Action::ScrollUp | Action::ScrollDown | Action::Filter | Action::Freeze | Action::Processes => When::NoList,
+        _ => When::Always,
+    }
 }
 
 const fn plain(
@@ -89,11 +135,11 @@ const fn plain(
     name: &'static str,
     help: &'static str,
 ) -> Binding {
-    Binding { keys, control: false, action, label, name, help }
+    Binding { keys, control: false, action, label, name, help, when: when(action) }
 }
 
 const fn control(keys: &'static [KeyCode], action: Action, label: &'static str, help: &'static str) -> Binding {
-    Binding { keys, control: true, action, label, name: "", help }
+    Binding { keys, control: true, action, label, name: "", help, when: when(action) }
 }
 
 /// Every key while no text is being typed.
@@ -141,14 +187,14 @@ pub const KEYMAP: &[Binding] = &[
 
 /// What `key` asks for, if anything.
 #[must_use]
-pub fn action(key: KeyEvent) -> Option<Action> {
+pub fn action(model: &Model, key: KeyEvent) -> Option<Action> {
     if key.kind == KeyEventKind::Release {
         return None;
     }
     // Shift is in the character already; Alt turns a key into another one that nobody has bound.
     let control = key.modifiers.contains(KeyModifiers::CONTROL);
     let other = key.modifiers.intersects(KeyModifiers::ALT | KeyModifiers::SUPER | KeyModifiers::META);
-    let bound = |b: &&Binding| b.control == control && b.keys.contains(&key.code);
+    let bound = |b: &&Binding| b.control == control && b.keys.contains(&key.code) && b.is_valid(model);
     if other { None } else { KEYMAP.iter().find(bound).map(|b| b.action) }
 }
 
@@ -170,7 +216,10 @@ mod tests {
 
     #[test]
     fn control_and_alt_make_other_keys() {
-        let key = |code, modifiers| action(KeyEvent::new(code, modifiers));
+        let zone = jiff::tz::TimeZone::UTC;
+        let second = std::time::Duration::from_secs(1);
+        let model = Model::new("/images".to_owned(), second, (80, 24), jiff::Timestamp::UNIX_EPOCH, zone);
+        let key = |code, modifiers| action(&model, KeyEvent::new(code, modifiers));
         assert_eq!(key(KeyCode::Char('q'), KeyModifiers::NONE), Some(Action::Quit));
         assert_eq!(key(KeyCode::Char('G'), KeyModifiers::SHIFT), Some(Action::Last));
         assert_eq!(key(KeyCode::Char('q'), KeyModifiers::CONTROL), None);

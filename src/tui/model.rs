@@ -10,6 +10,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
+use super::clip::Clip;
 use super::filter::Filter;
 use super::sort::{Order, Sort};
 use crate::linux::descriptors::OpenMode;
@@ -65,14 +66,19 @@ impl Panel {
 }
 
 /// What lies over the tables.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Overlay {
     /// The list of keys; the line where it begins.
     Help(usize),
     /// Every finding; the row under the cursor.
     Findings(usize),
-    /// What can be copied; the row under the cursor.
-    Copy(usize),
+    /// What can be copied, as it was when the list was opened: it must not change under a finger that is about to press.
+    Copy {
+        /// The things.
+        clips: Vec<Clip>,
+        /// The row under the cursor.
+        row: usize,
+    },
 }
 
 /// A snapshot that stays on the screen while others come.
@@ -84,6 +90,8 @@ pub struct Frozen {
     pub live: Option<Arc<Snapshot>>,
     /// What has happened since.
     pub missed: usize,
+    /// So many of the events are shown.
+    pub events: usize,
 }
 
 /// A process and what it uses.
@@ -122,12 +130,16 @@ pub struct Model {
     pub filter: Filter,
     /// The filter is being typed.
     pub typing: bool,
+    /// The image that was selected when that began: it is selected again whenever it is shown.
+    pub anchor: Option<Key>,
     /// Which table.
     pub table: Table,
     /// The image under the cursor.
     pub selected: Option<Key>,
     /// The process under the cursor in the other table.
     pub selected_process: Option<ProcessId>,
+    /// The row in which it was.
+    pub process_row: usize,
     /// The row where the table begins on the screen.
     pub top: usize,
     /// Which panel.
@@ -166,9 +178,11 @@ impl Model {
             sort: Sort::default(),
             filter: Filter::default(),
             typing: false,
+            anchor: None,
             table: Table::Images,
             selected: None,
             selected_process: None,
+            process_row: 0,
             top: 0,
             panel: Panel::Bytes,
             zoomed: false,
@@ -178,6 +192,12 @@ impl Model {
             mouse: false,
             note: None,
         }
+    }
+
+    /// The time that the screen tells of: it stands still while the screen is frozen.
+    #[must_use]
+    pub fn shown_at(&self) -> Timestamp {
+        self.frozen.as_ref().map_or(self.now, |f| f.since)
     }
 
     /// Every image of the snapshot that is shown.
@@ -233,7 +253,7 @@ impl Model {
                 }
             }
         }
-        all.into_values().collect()
+        all.into_values().filter(|row| self.filter.matches_process(row.process)).collect()
     }
 
     /// How many rows the table has.

@@ -112,7 +112,7 @@ fn turn(
 ) -> Result<End, RunError> {
     let input = input()?;
     watch_for_hangup(input.try_clone()?)?;
-    let mut stale = true;
+    let (mut stale, mut resumed) = (true, false);
     loop {
         if stale {
             let mut frame = Buffer::empty(Rect::new(0, 0, model.size.0, model.size.1));
@@ -158,7 +158,15 @@ fn turn(
         while let Some(signal) = signalled.then(|| signals.next()).flatten() {
             match signal {
                 Signal::SIGWINCH => messages.push(size_of(screen)),
-                Signal::SIGTSTP => suspend(screen, model)?,
+                Signal::SIGTSTP => {
+                    suspend(screen, model)?;
+                    resumed = true;
+                }
+                // That of our own stop: the terminal has been taken again already.
+                Signal::SIGCONT if resumed => {
+                    resumed = false;
+                    messages.push(size_of(screen));
+                }
                 // After a stop that was not ours the shell has changed the modes, and perhaps the size.
                 Signal::SIGCONT => {
                     screen.take_again(model.mouse)?;
@@ -191,7 +199,10 @@ fn turn(
                     Effect::Quit => return Ok(End::Quit),
                     Effect::LookNow => sampler.look_now(),
                     Effect::Redraw => screen.redraw(),
-                    Effect::Suspend => suspend(screen, model)?,
+                    Effect::Suspend => {
+                        suspend(screen, model)?;
+                        resumed = true;
+                    }
                     Effect::SetInterval(interval) => sampler.set_interval(interval),
                     Effect::Copy(text) => screen.copy(&text)?,
                     Effect::Mouse(on) => screen.listen_to_mouse(on)?,

@@ -101,7 +101,7 @@ impl Sort {
             Column::Format => format_text(a).cmp(format_text(b)),
             Column::Size => size(b).cmp(&size(a)),
             Column::Bytes => b.held().bytes().count().cmp(&a.held().bytes().count()),
-            Column::Role => role_text(a).cmp(role_text(b)),
+            Column::Role => role_text(a).cmp(&role_text(b)),
             Column::Holders => {
                 let (a, b) = (holders_text(a), holders_text(b));
                 a.is_empty().cmp(&b.is_empty()).then_with(|| a.cmp(&b))

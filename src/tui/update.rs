@@ -13,6 +13,7 @@ use super::keymap::{self, Action};
 use super::model::{EVENTS_KEPT, Frozen, Model, Overlay, Panel, Table};
 use super::view::{self, Target};
 use crate::monitor::change::{Change, ChangeKind, changes};
+use crate::monitor::sampler::Gap;
 use crate::monitor::snapshot::{Image, Snapshot};
 
 /// Something that happened.
@@ -29,7 +30,7 @@ pub enum Msg {
     /// A new snapshot.
     Snapshot(Arc<Snapshot>),
     /// Something may have been missed, and why.
-    Gap(String),
+    Gap(Gap),
     /// What time it is, and when it was last looked.
     Clock {
         /// Now.
@@ -69,7 +70,7 @@ pub fn update(model: &mut Model, msg: Msg) -> Vec<Effect> {
             if model.typing {
                 effects.extend(type_key(model, key));
             } else {
-                effects.extend(keymap::action(key).and_then(|action| act(model, action)));
+                effects.extend(keymap::action(model, key).and_then(|action| act(model, action)));
             }
         }
         Msg::Paste(text) => {
@@ -85,7 +86,7 @@ pub fn update(model: &mut Model, msg: Msg) -> Vec<Effect> {
         }
         Msg::Size(columns, rows) => model.size = (columns, rows),
         Msg::Snapshot(snapshot) => take_snapshot(model, snapshot),
-        Msg::Gap(text) => remember(model, Change::about(ChangeKind::Gap, model.now, None, text)),
+        Msg::Gap(gap) => remember(model, Change::about(ChangeKind::Gap, model.now, gap.image.as_deref(), gap.text)),
         Msg::Clock { now, looked_at } => (model.now, model.looked_at) = (now, looked_at),
     }
     keep_in_sight(model);
@@ -106,13 +107,17 @@ fn type_key(model: &mut Model, key: KeyEvent) -> Option<Effect> {
         KeyCode::Char('u') if control => model.filter.clear(),
         KeyCode::Char(c) if !control => model.filter.push(c.encode_utf8(&mut [0; 4])),
         KeyCode::Backspace if !model.filter.text().is_empty() => model.filter.pop(),
-        KeyCode::Backspace | KeyCode::Enter => model.typing = false,
+        KeyCode::Backspace | KeyCode::Enter => (model.typing, model.anchor) = (false, None),
         KeyCode::Esc => {
             model.filter.clear();
-            model.typing = false;
+            arrange(model);
+            (model.typing, model.anchor) = (false, None);
         }
-        KeyCode::Up => move_cursor(model, |row, _| row.saturating_sub(1)),
-        KeyCode::Down => move_cursor(model, |row, last| (row + 1).min(last)),
+        KeyCode::Up | KeyCode::Down => {
+            let up = key.code == KeyCode::Up;
+            move_cursor(model, |row, last| if up { row.saturating_sub(1) } else { (row + 1).min(last) });
+            model.anchor = model.selected.clone();
+        }
         _ => {}
     }
     arrange(model);
@@ -134,11 +139,14 @@ fn act(model: &mut Model, action: Action) -> Option<Effect> {
         Action::Faster => return set_interval(model, |i| INTERVALS.into_iter().rev().find(|n| *n < i)),
         Action::Help => toggle(model, Overlay::Help(0)),
         Action::Findings => toggle(model, Overlay::Findings(0)),
-        Action::Copy => toggle(model, Overlay::Copy(0)),
+        Action::Copy => {
+            let clips = clips(model);
+            toggle(model, Overlay::Copy { clips, row: 0 });
+        }
         Action::Back => back(model),
         Action::Enter => return enter(model),
         Action::Filter => {
-            (model.typing, model.overlay) = (true, None);
+            (model.typing, model.anchor) = (true, model.selected.clone());
         }
         Action::Sort => {
             model.sort.next();
@@ -158,8 +166,9 @@ fn act(model: &mut Model, action: Action) -> Option<Effect> {
         Action::PreviousPanel => turn_panel(model, Panel::ALL.len() - 1),
         // The numbers of a list take a row of it.
         Action::Panel(number) => match model.overlay {
-            Some(Overlay::Copy(_)) => return copy(model, number),
+            Some(Overlay::Copy { .. }) => return copy(model, number),
             Some(_) => {}
+            None if model.table == Table::Processes => {}
             None => show_panel(model, Panel::ALL.get(number).copied().unwrap_or(model.panel)),
         },
         Action::ScrollUp => model.scroll = model.scroll.saturating_sub(1),
@@ -183,12 +192,11 @@ fn go(model: &mut Model, action: Action) {
         _ => last,
     };
     let findings = model.findings().len().saturating_sub(1);
-    let copies = clips(model).len().saturating_sub(1);
     let lowest_help = view::lowest_help(model);
     match &mut model.overlay {
         Some(Overlay::Help(top)) => *top = to(*top, lowest_help),
         Some(Overlay::Findings(row)) => *row = to(*row, findings),
-        Some(Overlay::Copy(row)) => *row = to(*row, copies),
+        Some(Overlay::Copy { clips, row }) => *row = to(*row, clips.len().saturating_sub(1)),
         None if model.zoomed => model.scroll = to(model.scroll, usize::MAX - page),
         None => move_cursor(model, to),
     }
@@ -204,13 +212,16 @@ fn select(model: &mut Model, row: usize) {
     model.scroll = 0;
     match model.table {
         Table::Images => model.selected = model.image_at(row).map(|i| (i.path.clone(), i.file)),
-        Table::Processes => model.selected_process = model.processes().get(row).map(|p| p.process.id),
+        Table::Processes => {
+            model.process_row = row;
+            model.selected_process = model.processes().get(row).map(|p| p.process.id);
+        }
     }
 }
 
 fn toggle(model: &mut Model, overlay: Overlay) {
-    let same = |o: Overlay| std::mem::discriminant(&o) == std::mem::discriminant(&overlay);
-    model.overlay = if model.overlay.is_some_and(same) { None } else { Some(overlay) };
+    let same = |o: &Overlay| std::mem::discriminant(o) == std::mem::discriminant(&overlay);
+    model.overlay = if model.overlay.as_ref().is_some_and(same) { None } else { Some(overlay) };
 }
 
 fn back(model: &mut Model) {
@@ -227,7 +238,7 @@ fn back(model: &mut Model) {
 
 fn enter(model: &mut Model) -> Option<Effect> {
     match model.overlay {
-        Some(Overlay::Copy(row)) => return copy(model, row),
+        Some(Overlay::Copy { row, .. }) => return copy(model, row),
         Some(Overlay::Findings(row)) => {
             let image = model.findings().get(row).and_then(|(image, _)| image.map(|i| (i.path.clone(), i.file)));
             model.overlay = None;
@@ -249,9 +260,11 @@ fn enter(model: &mut Model) -> Option<Effect> {
 }
 
 fn copy(model: &mut Model, row: usize) -> Option<Effect> {
-    let clip = clips(model).into_iter().nth(row)?;
+    let Some(Overlay::Copy { clips, .. }) = &model.overlay else { return None };
+    let clip = clips.get(row)?.clone();
     model.overlay = None;
-    model.note = Some(format!("copied: {}", clip.name));
+    // Whether the terminal takes it, nobody tells.
+    model.note = Some(format!("sent to the terminal's clipboard: {}", clip.text));
     Some(Effect::Copy(clip.text))
 }
 
@@ -279,7 +292,7 @@ fn freeze(model: &mut Model) {
                 show(model, live);
             }
         }
-        None => model.frozen = Some(Frozen { since: model.now, live: None, missed: 0 }),
+        None => model.frozen = Some(Frozen { since: model.now, live: None, missed: 0, events: model.events.len() }),
     }
 }
 
@@ -302,6 +315,9 @@ fn remember(model: &mut Model, change: Change) {
     model.events.push_back(change);
     if model.events.len() > EVENTS_KEPT {
         model.events.pop_front();
+        if let Some(frozen) = &mut model.frozen {
+            frozen.events = frozen.events.saturating_sub(1);
+        }
     }
 }
 
@@ -322,6 +338,13 @@ fn arrange(model: &mut Model) {
 
 fn keep_selection(model: &mut Model, row: usize) {
     model.arrange();
+    if let Some(anchor) = model.anchor.clone() {
+        let before = model.selected.replace(anchor);
+        if model.selected_row().is_some() {
+            return;
+        }
+        model.selected = before;
+    }
     if model.selected_row().is_some() {
         return;
     }
@@ -336,21 +359,36 @@ fn keep_process(model: &mut Model) {
     if model.table == Table::Processes {
         let processes: Vec<_> = model.processes().iter().map(|p| p.process.id).collect();
         if !model.selected_process.is_some_and(|id| processes.contains(&id)) {
-            model.selected_process = processes.first().copied();
+            // What stands in its row now, as for images.
+            let row = model.process_row.min(processes.len().saturating_sub(1));
+            model.selected_process = processes.get(row).copied();
         }
     }
 }
 
 fn point(model: &mut Model, mouse: MouseEvent) -> Option<Effect> {
     match mouse.kind {
-        MouseEventKind::ScrollUp => return act(model, Action::Up),
-        MouseEventKind::ScrollDown => return act(model, Action::Down),
+        MouseEventKind::ScrollUp | MouseEventKind::ScrollDown => {
+            let up = mouse.kind == MouseEventKind::ScrollUp;
+            let in_panel =
+                matches!(view::target(model, mouse.column, mouse.row), Some(Target::Panel(_) | Target::InPanel));
+            return act(
+                model,
+                match (in_panel, up) {
+                    (true, true) => Action::ScrollUp,
+                    (true, false) => Action::ScrollDown,
+                    (false, true) => Action::Up,
+                    (false, false) => Action::Down,
+                },
+            );
+        }
         MouseEventKind::Down(MouseButton::Left) => {}
         _ => return None,
     }
     match view::target(model, mouse.column, mouse.row)? {
         Target::Row(row) => select(model, row),
         Target::Panel(panel) => show_panel(model, panel),
+        Target::InPanel => {}
     }
     None
 }
@@ -369,8 +407,5 @@ fn keep_in_sight(model: &mut Model) {
     }
     if let Some(Overlay::Findings(row)) = model.overlay {
         model.overlay = Some(Overlay::Findings(row.min(model.findings().len().saturating_sub(1))));
-    }
-    if let Some(Overlay::Copy(row)) = model.overlay {
-        model.overlay = Some(Overlay::Copy(row.min(clips(model).len().saturating_sub(1))));
     }
 }

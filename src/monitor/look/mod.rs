@@ -127,6 +127,12 @@ impl Looker {
         self.images.get(resolved).is_some_and(|image| !known(image))
     }
 
+    /// The path under which a resolved path is shown.
+    #[must_use]
+    pub fn shown_path(&self, resolved: &Path) -> Option<PathBuf> {
+        self.images.get(resolved).map(|i| i.path.clone())
+    }
+
     /// Whether somebody is known to have the file open for writing.
     #[must_use]
     pub fn knows_a_writer(&self, resolved: &Path) -> bool {

@@ -1,5 +1,7 @@
 //! What stands around the tables: title, banner, filter line and bar of keys.
 
+use std::path::Path;
+
 use ratatui::buffer::Buffer;
 use ratatui::layout::Rect;
 
@@ -8,7 +10,7 @@ use crate::monitor::finding::Severity;
 use crate::monitor::snapshot::Image;
 use crate::text::{counted, cut_middle, escape, escape_path, pad_end, span, to_ascii, width};
 use crate::tui::keymap::KEYMAP;
-use crate::tui::model::{Overlay, Table};
+use crate::tui::model::{Overlay, Panel, Table};
 use crate::tui::sort::{Column, Order};
 
 pub(super) fn title(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect) {
@@ -100,21 +102,24 @@ pub(super) fn banner(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Re
 
 /// The path below the directory that is watched, if there is only one.
 pub(super) fn short_path(model: &Model, image: &Image) -> String {
-    let below = image.path.strip_prefix(&model.title).ok().filter(|p| !p.as_os_str().is_empty());
-    escape_path(below.unwrap_or(&image.path)).into_owned()
+    short_name(model, &image.path)
+}
+
+pub(super) fn short_name(model: &Model, path: &Path) -> String {
+    let below = path.strip_prefix(&model.title).ok().filter(|p| !p.as_os_str().is_empty());
+    escape_path(below.unwrap_or(path)).into_owned()
 }
 
 pub(super) fn filter(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect) {
     let cursor = if model.typing { "_" } else { "" };
     let (total, shown) = (model.images().len(), model.rows.len());
-    let mut pieces = vec![
-        piece(" filter ", theme.key),
-        piece(format!("/{}{cursor}", model.filter.text()), theme.title),
-        piece(format!("   {shown} of {total} shown"), theme.dim),
-    ];
+    let mut pieces =
+        vec![piece(" filter ", theme.key), piece(format!("/{}{cursor}", model.filter.text()), theme.title)];
     if let Some(error) = model.filter.error() {
-        pieces.push(piece(format!("   {error}"), theme.warning));
-    } else {
+        pieces.push(piece(format!("  {error}"), theme.warning));
+    }
+    pieces.push(piece(format!("   {shown} of {total} shown"), theme.dim));
+    if model.filter.error().is_none() {
         pieces
             .push(piece(if model.typing { "   Enter keeps it, Esc clears it" } else { "   Esc clears it" }, theme.dim));
     }
@@ -127,10 +132,13 @@ pub(super) fn bar(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect)
         return;
     }
     let mut pieces: Vec<Piece> = Vec::new();
-    let hint = match model.overlay {
+    let hint = match &model.overlay {
         Some(Overlay::Help(_)) => Some(" Up Down scroll   Esc or ? goes back"),
         Some(Overlay::Findings(_)) => Some(" Enter goes to the image   Esc goes back"),
-        Some(Overlay::Copy(_)) => Some(" Enter or a number copies   Esc goes back"),
+        Some(Overlay::Copy { .. }) => Some(" Enter or a number copies   Esc goes back"),
+        None if model.zoomed && model.panel == Panel::Events => {
+            Some(" what happened to every image   Up Down scroll   Tab next panel   Esc goes back")
+        }
         None if model.zoomed => Some(" Up Down scroll   Tab next panel   Esc goes back"),
         None => None,
     };
@@ -138,7 +146,7 @@ pub(super) fn bar(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect)
         put(buffer, theme, area, 0, &[piece(hint, theme.dim)]);
         return;
     }
-    for binding in KEYMAP.iter().filter(|b| !b.name.is_empty()) {
+    for binding in KEYMAP.iter().filter(|b| !b.name.is_empty() && b.is_valid(model)) {
         let name = match binding.name {
             "sort" => sort_name(model),
             "processes" if model.table == Table::Processes => "images".to_owned(),

@@ -11,7 +11,7 @@ use crate::monitor::snapshot::{ByteState, ByteView, Image, Verdict};
 use crate::monitor::wording::{byte_mark, format_text, holders_text, role_text, short_holders_text, size_text};
 use crate::protocol::Permission;
 use crate::text::{cut_middle, pad_end, pad_start, to_ascii, width};
-use crate::tui::sort::{Column, Order};
+use crate::tui::sort::{Column, Order, rank};
 
 /// Which columns there is room for.
 struct Columns {
@@ -35,9 +35,9 @@ impl Columns {
         let total = usize::from(total);
         let spaced = total >= 100;
         let facts = total >= 70;
-        let role = if total >= 60 { ROLE } else { 0 };
+        let role = if total >= 55 { ROLE } else { 0 };
         let marks = if spaced { 21 } else { 11 };
-        let fixed = 1 + 2 + marks + if facts { FORMAT + SIZE + 3 } else { 0 } + if role > 0 { role + 2 } else { 0 };
+        let fixed = 2 + 2 + marks + if facts { FORMAT + SIZE + 3 } else { 0 } + if role > 0 { role + 2 } else { 0 };
         let rest = total.saturating_sub(fixed);
         // Names and holders share the rest: each gets what it needs if the other leaves it, names at least three fifths.
         let holders = total >= 60;
@@ -86,7 +86,7 @@ fn head(model: &Model, columns: &Columns, theme: &Theme, buffer: &mut Buffer, ar
     let (row, permission, gap) =
         if columns.spaced { (letters.join(" "), "PERMISSION", "  ") } else { (letters.concat(), "PERM ", " ") };
     let between = if columns.spaced { "   " } else { " " };
-    let before = 1 + columns.name + 2 + if columns.facts { FORMAT + SIZE + 3 } else { 0 };
+    let before = 2 + columns.name + 2 + if columns.facts { FORMAT + SIZE + 3 } else { 0 };
     // The column that the rows are sorted by carries an arrow.
     let arrow = |column: Column| match model.order_of(column) {
         Some(Order::Usual) => theme.down,
@@ -96,7 +96,7 @@ fn head(model: &Model, columns: &Columns, theme: &Theme, buffer: &mut Buffer, ar
     let named = |name: &str, column: Column| format!("{name}{}", arrow(column));
     let sides = format!("{}{permission}{gap}UNSHARE{}", " ".repeat(before), arrow(Column::Bytes));
     put(buffer, theme, area, 0, &[(sides.into(), theme.dim)]);
-    let mut text = format!(" {}  ", pad_end(&named("IMAGE", Column::Image), columns.name));
+    let mut text = format!("  {}  ", pad_end(&named("IMAGE", Column::Image), columns.name));
     if columns.facts {
         let (format, size) = (named("FORMAT", Column::Format), named("SIZE", Column::Size));
         text += &format!("{} {}  ", pad_end(&format, FORMAT), pad_start(&size, SIZE));
@@ -120,7 +120,11 @@ fn cells<'a>(
 ) -> Vec<Piece<'a>> {
     let worst = worst_style(theme, image);
     let name = pad_end(&cut_middle(name, columns.name, theme.cut), columns.name);
-    let mut pieces: Vec<Piece> = vec![(format!("{}{name}  ", if is_selected { '>' } else { ' ' }).into(), theme.text)];
+    let mut pieces: Vec<Piece> = vec![
+        (if is_selected { ">" } else { " " }.into(), theme.text),
+        (state_mark(image).into(), worst),
+        (format!("{name}  ").into(), theme.text),
+    ];
     if columns.facts {
         let text = format!("{} {}  ", pad_end(format_text(image), FORMAT), pad_start(&size_text(image), SIZE));
         pieces.push((text.into(), theme.dim));
@@ -136,12 +140,22 @@ fn cells<'a>(
         pieces.push((byte_mark(byte).to_string().into(), mark_style(theme, byte)));
     }
     if columns.role > 0 {
-        pieces.push((format!("  {}", pad_end(role_text(image), columns.role)).into(), worst));
+        pieces.push((format!("  {}", pad_end(&role_text(image), columns.role)).into(), worst));
     }
     if columns.holders {
         pieces.push((format!("  {holders}").into(), theme.text));
     }
     pieces
+}
+
+/// One character for those who see neither role nor colour.
+fn state_mark(image: &Image) -> &'static str {
+    match rank(image) {
+        0 => "!",
+        1 => "?",
+        2 => "~",
+        _ => " ",
+    }
 }
 
 fn mark_style(theme: &Theme, byte: &ByteView) -> Style {

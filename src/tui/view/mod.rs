@@ -22,6 +22,8 @@ use crate::text::{cut_end, escape, to_ascii, width};
 
 /// The smallest terminal that shows anything but a sentence.
 pub const SMALLEST: (u16, u16) = (40, 10);
+/// What a panel needs to show the ten bytes: its names, the path, a byte a row.
+const PANEL_ROWS: u16 = 12;
 /// The two rows of headings above a table.
 const HEAD_ROWS: u16 = 2;
 
@@ -43,6 +45,8 @@ pub enum Target {
     Row(usize),
     /// The name of a panel.
     Panel(Panel),
+    /// Somewhere else in the panel.
+    InPanel,
 }
 
 fn places(model: &Model) -> Option<Places> {
@@ -55,13 +59,13 @@ fn places(model: &Model) -> Option<Places> {
     let filter = model.typing || model.filter.is_active();
     let first = 1 + u16::from(banner);
     let room = rows - first - 1 - u16::from(filter);
-    // The table gets what it needs, at most what leaves half of a small screen or a dozen rows of a large one for the
-    // panel below. What the panel says does not move the rule between them.
+    // The table gets what it needs, at most what leaves enough for the ten bytes below. What the panel says does not move
+    // the rule between them.
     let needs = u16::try_from(model.row_count()).unwrap_or(u16::MAX).max(1).saturating_add(HEAD_ROWS);
     let table = match (model.zoomed, rows < 16) {
         (true, _) => 0,
         (false, true) => room,
-        (false, false) => needs.min((room / 2).max(room.saturating_sub(13))),
+        (false, false) => needs.min(room.saturating_sub(PANEL_ROWS).max(HEAD_ROWS + 3)),
     };
     Some(Places {
         title: strip(0, 1),
@@ -106,12 +110,17 @@ pub fn lowest_help(model: &Model) -> usize {
 /// What is at this place of the screen.
 #[must_use]
 pub fn target(model: &Model, column: u16, row: u16) -> Option<Target> {
+    if model.overlay.is_some() {
+        return None;
+    }
     let places = places(model)?;
     if let Some(table) = places.table.filter(|t| row >= t.y + HEAD_ROWS && row < t.bottom()) {
         let at = model.top + usize::from(row - table.y - HEAD_ROWS);
         return (at < model.row_count()).then_some(Target::Row(at));
     }
-    places.panel.filter(|p| row == p.y).and_then(|_| panels::tab_at(column)).map(Target::Panel)
+    let panel = places.panel.filter(|p| row >= p.y && row < p.bottom())?;
+    let named = panels::tab_at(column).filter(|_| row == panel.y && model.table == Table::Images);
+    Some(named.map_or(Target::InPanel, Target::Panel))
 }
 
 /// Draws the whole screen.
@@ -155,7 +164,7 @@ fn too_small(model: &Model, theme: &Theme, buffer: &mut Buffer) {
 /// `text` in lines of at most `columns` columns, broken at spaces where there are any.
 fn wrap(text: &str, columns: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
-    for word in text.split(' ') {
+    for word in text.split(' ').flat_map(|word| pieces_of(word, columns)) {
         match lines.last_mut() {
             Some(line) if line.is_empty() => line.push_str(word),
             Some(line) if width(line) + 1 + width(word) <= columns => {
@@ -166,6 +175,19 @@ fn wrap(text: &str, columns: usize) -> Vec<String> {
         }
     }
     lines
+}
+
+/// A word in parts that each fit into a line.
+fn pieces_of(word: &str, columns: usize) -> Vec<&str> {
+    let mut parts = Vec::new();
+    let mut rest = word;
+    while width(rest) > columns.max(1) {
+        let (part, tail) = rest.split_at(panels::fitting(rest, columns.max(1)));
+        parts.push(part);
+        rest = tail;
+    }
+    parts.push(rest);
+    parts
 }
 
 type Piece<'a> = (Cow<'a, str>, Style);

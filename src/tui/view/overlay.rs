@@ -7,15 +7,16 @@ use super::frame::short_path;
 use super::{Model, Piece, Theme, mark_selected, piece, put};
 use crate::monitor::finding::Severity;
 use crate::text::{pad_end, width};
-use crate::tui::clip::clips;
-use crate::tui::keymap::KEYMAP;
+use crate::tui::clip::Clip;
+use crate::tui::keymap::{KEYMAP, TYPING};
 use crate::tui::model::Overlay;
 
-const MARKS: [(&str, &str); 6] = [
+const MARKS: [(&str, &str); 7] = [
     (".", "free: nobody on any host holds the byte"),
     ("#", "held by one process; 2 to 9: by so many, + by more"),
     ("!", "held, but nobody can be named"),
     ("?", "cannot be told"),
+    ("! ~ ?", "before a name: danger, a writer without a lock, cannot tell"),
     ("C W U R", "consistent read, write, write unchanged, resize"),
     ("G", "graph-mod: QEMU 6.2 and older only"),
 ];
@@ -26,10 +27,10 @@ pub(super) fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect
             buffer[(x, y)].reset();
         }
     }
-    match model.overlay {
-        Some(Overlay::Help(top)) => help(theme, buffer, area, top),
-        Some(Overlay::Findings(row)) => findings(model, theme, buffer, area, row),
-        Some(Overlay::Copy(row)) => copies(model, theme, buffer, area, row),
+    match &model.overlay {
+        Some(Overlay::Help(top)) => help(theme, buffer, area, *top),
+        Some(Overlay::Findings(row)) => findings(model, theme, buffer, area, *row),
+        Some(Overlay::Copy { clips, row }) => copies(clips, theme, buffer, area, *row),
         None => {}
     }
 }
@@ -41,6 +42,8 @@ fn help_lines(theme: &Theme) -> Vec<Vec<Piece<'static>>> {
     let heading = |text: &'static str| vec![piece(text, theme.heading)];
     let mut lines = vec![heading(" Keys")];
     lines.extend(KEYMAP.iter().filter(|b| !b.help.is_empty()).map(|b| entry(b.label, b.help)));
+    lines.push(heading(" While a filter is typed"));
+    lines.extend(TYPING.iter().map(|(key, text)| entry(key, text)));
     lines.push(heading(" Marks"));
     lines.extend(MARKS.iter().map(|(mark, text)| entry(mark, text)));
     lines
@@ -106,21 +109,30 @@ fn findings(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect, selec
     }
 }
 
-fn copies(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect, selected: usize) {
+fn copies(clips: &[Clip], theme: &Theme, buffer: &mut Buffer, area: Rect, selected: usize) {
     let heading = " Copy to the clipboard of your terminal (OSC 52); nothing is run";
     put(buffer, theme, area, 0, &[piece(heading, theme.heading)]);
     let body = Rect { y: area.y + 1, height: area.height.saturating_sub(1), ..area };
-    let clips = clips(model);
     if clips.is_empty() {
         put(buffer, theme, body, 0, &[piece(" no row is selected", theme.dim)]);
     }
-    for (i, clip) in clips.iter().enumerate() {
-        let row = u16::try_from(2 * i).unwrap_or(u16::MAX);
+    // The selected one in full, so that one sees what will be typed.
+    let columns = usize::from(area.width).saturating_sub(3);
+    let full = clips.get(selected).map(|c| super::wrap(&c.text, columns)).unwrap_or_default();
+    let height = u16::try_from(full.len()).unwrap_or(u16::MAX).min(body.height.saturating_sub(2).min(8));
+    let list = Rect { height: body.height.saturating_sub(height + 1), ..body };
+    let top = (selected + 1).saturating_sub(list.height.into());
+    for (row, (i, clip)) in (0u16..list.height).zip(clips.iter().enumerate().skip(top)) {
         let mark = if i == selected { ">" } else { " " };
-        put(buffer, theme, body, row, &[piece(format!("{mark}{} {}", i + 1, clip.name), theme.key)]);
-        put(buffer, theme, body, row.saturating_add(1), &[piece(format!("   {}", clip.text), theme.text)]);
-        if i == selected && row < body.height {
-            mark_selected(buffer, theme, body, row);
+        let pieces =
+            [piece(format!("{mark}{} {}  ", i + 1, clip.name), theme.key), piece(clip.text.as_str(), theme.dim)];
+        put(buffer, theme, list, row, &pieces);
+        if i == selected {
+            mark_selected(buffer, theme, list, row);
         }
+    }
+    let below = Rect { y: body.bottom() - height, height, ..body };
+    for (row, line) in (0u16..).zip(full) {
+        put(buffer, theme, below, row, &[piece(format!("   {line}"), theme.text)]);
     }
 }

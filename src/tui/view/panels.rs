@@ -1,10 +1,13 @@
 //! What is shown below the table about the selected row: bytes, holders, chain, events. `what_if` has a file of its own.
 
+use std::path::PathBuf;
+
 use ratatui::buffer::Buffer;
 use ratatui::layout::Rect;
 use ratatui::style::Style;
+use unicode_segmentation::UnicodeSegmentation;
 
-use super::frame::short_path;
+use super::frame::{short_name, short_path};
 use super::{Model, Piece, Theme, piece, put, what_if};
 use crate::linux::descriptors::OpenMode;
 use crate::linux::lock_table::LockKind;
@@ -12,10 +15,10 @@ use crate::linux::process::ProcessFacts;
 use crate::monitor::advice::advice;
 use crate::monitor::change::ChangeKind;
 use crate::monitor::finding::Severity;
-use crate::monitor::snapshot::{ByteState, ByteView, Holder, Image};
+use crate::monitor::snapshot::{ByteState, ByteView, Holder, Image, Snapshot, Verdict};
 use crate::monitor::what_if::chain;
 use crate::monitor::wording::{access_text, holders_text, process_name, range_text, role_text};
-use crate::text::{escape, escape_path, pad_end, size, span, width};
+use crate::text::{cut_middle, escape, escape_path, pad_end, size, span, to_ascii, width};
 use crate::tui::model::{Panel, Table};
 use crate::tui::theme::Look;
 
@@ -50,7 +53,19 @@ fn tabs<'a>(model: &Model, theme: &Theme, columns: u16) -> Vec<Piece<'a>> {
         }
     }
     let used: usize = pieces.iter().map(|(t, _)| width(t)).sum();
-    pieces.push(piece(theme.rule.repeat(usize::from(columns).saturating_sub(used)), theme.dim));
+    let room = usize::from(columns).saturating_sub(used);
+    // Which image the panel is about, also where the panel has the whole screen.
+    let name = match model.selected_image() {
+        Some(image) if model.table == Table::Images && room > 12 => {
+            let name = short_path(model, image);
+            let name = if theme.ascii { to_ascii(&name).into_owned() } else { name };
+            format!(" {} ", cut_middle(&name, room - 4, theme.cut))
+        }
+        _ => String::new(),
+    };
+    pieces.push(piece(theme.rule.repeat(room.saturating_sub(width(&name) + 1)), theme.dim));
+    pieces.push(piece(name, theme.title));
+    pieces.push(piece(theme.rule, theme.dim));
     pieces
 }
 
@@ -68,23 +83,83 @@ pub(super) fn line_count(model: &Model) -> usize {
     lines(model, &Theme::new(Look { color: false, ascii: true, mouse: false })).len()
 }
 
+/// The lines of the shown panel; on the whole screen nothing is cut, but goes on in the next line.
 fn lines<'a>(model: &'a Model, theme: &Theme) -> Lines<'a> {
+    let lines = uncut_lines(model, theme);
+    if !model.zoomed {
+        return lines;
+    }
+    lines.into_iter().flat_map(|line| wrap_pieces(line, usize::from(model.size.0), theme)).collect()
+}
+
+/// A line in as many rows as it takes; the later ones are indented.
+fn wrap_pieces<'a>(line: Vec<Piece<'a>>, columns: usize, theme: &Theme) -> Lines<'a> {
+    const INDENT: usize = 5;
+    let mut rows: Lines = vec![Vec::new()];
+    let mut used = 0;
+    for (text, style) in line {
+        let text = escape(&text).into_owned();
+        let mut rest = if theme.ascii { to_ascii(&text).into_owned() } else { text };
+        while !rest.is_empty() {
+            let room = columns.saturating_sub(used).max(1);
+            if width(&rest) <= room {
+                used += width(&rest);
+                rows.last_mut().into_iter().for_each(|row| row.push((rest.clone().into(), style)));
+                break;
+            }
+            // At a space if there is one in the later half of the room, else where the room ends.
+            let end = fitting(&rest, room);
+            let at_space = rest[..end].rfind(' ').filter(|at| *at > end / 2);
+            let end = at_space.map_or(end, |at| at + 1);
+            let tail = rest.split_off(end);
+            rows.last_mut().into_iter().for_each(|row| row.push((rest.clone().into(), style)));
+            rows.push(vec![piece(" ".repeat(INDENT.min(columns / 2)), style)]);
+            used = INDENT.min(columns / 2);
+            rest = tail;
+        }
+    }
+    rows
+}
+
+/// The length in bytes of what fits into so many columns: at least one character.
+pub(super) fn fitting(text: &str, columns: usize) -> usize {
+    let mut used = 0;
+    let mut end = 0;
+    for cluster in text.graphemes(true) {
+        used += width(cluster);
+        if used > columns && end > 0 {
+            break;
+        }
+        end += cluster.len();
+    }
+    end
+}
+
+fn uncut_lines<'a>(model: &'a Model, theme: &Theme) -> Lines<'a> {
     if model.table == Table::Processes {
         return process(model, theme);
     }
-    let Some(image) = model.selected_image() else { return Vec::new() };
+    let Some(image) = model.selected_image() else {
+        return if model.panel == Panel::Events { events(model, None, theme) } else { Vec::new() };
+    };
     match model.panel {
         Panel::Bytes => bytes(model, image, theme),
         Panel::Holders => holders(model, image, theme),
         Panel::WhatIf => what_if::lines(model, image, theme),
         Panel::Chain => chain_lines(model, image, theme),
-        Panel::Events => events(model, image, theme),
+        Panel::Events => events(model, Some(image).filter(|_| !model.zoomed), theme),
     }
 }
 
 /// The path, and what the header and the file system say.
 fn about<'a>(image: &Image, theme: &Theme) -> Vec<Piece<'a>> {
-    let mut facts = vec![image.verdict.name().to_owned(), format!("file {}", size(image.file_size))];
+    let writers = image.openers.iter().filter(|o| o.mode == OpenMode::Write).count();
+    let state = match (image.verdict, writers) {
+        // "free" would be true of the locks and false of the image.
+        (Verdict::Free, 1..) => "no byte held, OPEN FOR WRITING".to_owned(),
+        (verdict, _) => verdict.name().to_owned(),
+    };
+    let mut facts = vec![state, format!("file {}", size(image.file_size))];
     if let Some(backing) = &image.backing_file {
         facts.push(format!("backing {}", escape(backing)));
     }
@@ -151,7 +226,7 @@ fn holder_text(model: &Model, holder: &Holder) -> String {
 
 /// How long a process has run, in steps that do not change while one looks.
 fn age(model: &Model, process: &ProcessFacts) -> Option<String> {
-    let seconds = model.now.duration_since(process.started?).as_secs().max(0).unsigned_abs();
+    let seconds = model.shown_at().duration_since(process.started?).as_secs().max(0).unsigned_abs();
     Some(match seconds {
         0..60 => "<1m".to_owned(),
         60..3_600 => format!("{}m", seconds / 60),
@@ -206,18 +281,34 @@ fn about_process<'a>(model: &Model, process: &ProcessFacts, fd: Option<i32>, the
     ]
 }
 
+/// Everything that stands on an image, directly or on another overlay, with its height above it; each once.
+fn overlays_of<'a>(snapshot: &'a Snapshot, image: &Image) -> Vec<(usize, &'a Image)> {
+    let mut found: Vec<(usize, &Image)> = Vec::new();
+    let mut level = vec![image.file];
+    for height in 1.. {
+        let stands_on = |i: &&Image| i.backing.as_ref().and_then(|b| b.file).is_some_and(|f| level.contains(&f));
+        let new = |i: &&Image| i.file != image.file && found.iter().all(|(_, known)| known.path != i.path);
+        let next: Vec<&Image> = snapshot.images.iter().filter(stands_on).filter(new).collect();
+        if next.is_empty() {
+            break;
+        }
+        level = next.iter().map(|i| i.file).collect();
+        found.extend(next.into_iter().map(|i| (height, i)));
+    }
+    found
+}
+
 fn chain_lines<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Lines<'a> {
     let Some(snapshot) = &model.snapshot else { return Vec::new() };
     let state = |i: &Image| {
         let holders = holders_text(i);
-        if holders.is_empty() { role_text(i).to_owned() } else { format!("{}  {holders}", role_text(i)) }
+        if holders.is_empty() { role_text(i).into_owned() } else { format!("{}  {holders}", role_text(i)) }
     };
     let mut lines = Vec::new();
-    let overlays: Vec<&Image> =
-        snapshot.images.iter().filter(|i| i.backing.as_ref().is_some_and(|b| b.file == Some(image.file))).collect();
-    for overlay in &overlays {
+    let overlays = overlays_of(snapshot, image);
+    for (height, overlay) in overlays.iter().rev() {
         lines.push(vec![
-            piece(format!("   {}", short_path(model, overlay)), theme.text),
+            piece(format!("  +{height} {}", short_path(model, overlay)), theme.text),
             piece(format!("  stands on it   {}", state(overlay)), theme.dim),
         ]);
     }
@@ -227,13 +318,13 @@ fn chain_lines<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Lines<'
     ]);
     let below = chain(snapshot, image);
     for (depth, link) in below.iter().enumerate() {
-        let indent = "  ".repeat((depth + 1).min(8));
+        let depth = depth + 1;
         lines.push(match link {
             Ok(base) => vec![
-                piece(format!("   {indent}{} {}", theme.below, short_path(model, base)), theme.text),
+                piece(format!("  -{depth} {} {}", theme.below, short_path(model, base)), theme.text),
                 piece(format!("   {}", state(base)), theme.dim),
             ],
-            Err(why) => vec![piece(format!("   {indent}{} {why}", theme.below), theme.warning)],
+            Err(why) => vec![piece(format!("  -{depth} {} {why}", theme.below), theme.warning)],
         });
     }
     if overlays.is_empty() && below.is_empty() {
@@ -247,21 +338,29 @@ fn chain_lines<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Lines<'
     lines
 }
 
-fn events<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Lines<'a> {
-    let concerns = |path: &Option<std::path::PathBuf>| path.as_ref().is_none_or(|p| *p == image.path);
+/// What happened to the selected image; on the whole screen to all of them, also to those that are gone.
+fn events<'a>(model: &'a Model, image: Option<&'a Image>, theme: &Theme) -> Lines<'a> {
+    let concerns = |path: &Option<PathBuf>| path.as_ref().is_none_or(|p| image.is_none_or(|i| *p == i.path));
+    let today = model.shown_at().to_zoned(model.zone.clone()).date();
     let line = |change: &crate::monitor::change::Change| {
-        let time = change.at.to_zoned(model.zone.clone()).strftime("%T").to_string();
+        let at = change.at.to_zoned(model.zone.clone());
+        let time = at.strftime(if at.date() == today { "%T" } else { "%m-%d %T" }).to_string();
+        let about = match (&change.image, image) {
+            (Some(path), None) => format!("{}: ", short_name(model, path)),
+            _ => String::new(),
+        };
         let (word, style) = match change.kind {
             ChangeKind::Gap => ("MAY HAVE MISSED: ", theme.warning),
             ChangeKind::FindingCleared => ("no longer: ", theme.dim),
             ChangeKind::Finding => ("", theme.warning),
             _ => ("", theme.text),
         };
-        vec![piece(format!(" {time}  "), theme.dim), piece(format!("{word}{}", change.text), style)]
+        vec![piece(format!(" {time}  "), theme.dim), piece(format!("{about}{word}{}", change.text), style)]
     };
-    let lines: Lines = model.events.iter().rev().filter(|c| concerns(&c.image)).map(line).collect();
+    let shown = model.frozen.as_ref().map_or(model.events.len(), |f| f.events);
+    let lines: Lines = model.events.iter().take(shown).rev().filter(|c| concerns(&c.image)).map(line).collect();
     if lines.is_empty() {
-        vec![vec![piece(" nothing has happened to it since this program started", theme.dim)]]
+        vec![vec![piece(" nothing has happened since this program started", theme.dim)]]
     } else {
         lines
     }

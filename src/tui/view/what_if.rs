@@ -3,14 +3,14 @@
 use super::panels::Lines;
 use super::{Model, Theme, piece};
 use crate::monitor::snapshot::Image;
-use crate::monitor::what_if::{Outcome, WhatIf, what_if_all};
+use crate::monitor::what_if::{Harm, Outcome, WhatIf, what_if_all};
 use crate::monitor::wording::process_name;
 use crate::text::{escape_path, pad_end};
 
 pub(super) fn lines<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Lines<'a> {
     let Some(snapshot) = &model.snapshot else { return Vec::new() };
     let mut answers = what_if_all(snapshot, image);
-    let loses = |a: &WhatIf| a.overwrites_used_image || matches!(&a.outcome, Outcome::Refused(r) if r.destroys_image);
+    let loses = |a: &WhatIf| a.harm != Harm::None || matches!(&a.outcome, Outcome::Refused(r) if r.destroys_image);
     let rank = |a: &WhatIf| match a.outcome {
         _ if loses(a) => 0,
         Outcome::Refused(_) => 1,
@@ -20,12 +20,21 @@ pub(super) fn lines<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Li
     answers.sort_by_key(|a| (rank(a), a.operation.name));
     let heading = format!(" {} {} what it would be told now", pad_end("PROGRAM", 26), pad_end("", 8));
     let mut lines = vec![vec![piece(heading, theme.heading)]];
+    if model.zoomed {
+        let hint =
+            format!(" QEMU adds to a refusal: Is another process using the image [{}]?", escape_path(&image.path));
+        lines.push(vec![piece(hint, theme.dim)]);
+    }
     for answer in &answers {
         let name = pad_end(answer.operation.name, 26);
         lines.push(match &answer.outcome {
-            Outcome::Granted if answer.overwrites_used_image => vec![
+            Outcome::Granted if answer.harm == Harm::Overwrites => vec![
                 piece(format!(" {name} "), theme.text),
                 piece("GRANTED: IT WOULD OVERWRITE AN IMAGE THAT IS IN USE", theme.danger),
+            ],
+            Outcome::Granted if answer.harm == Harm::WritesBesideWriter => vec![
+                piece(format!(" {name} "), theme.text),
+                piece("GRANTED: IT WOULD WRITE BESIDE ANOTHER WRITER", theme.danger),
             ],
             Outcome::Granted => vec![piece(format!(" {name} "), theme.text), piece("granted", theme.dim)],
             Outcome::Unknown(why) => {
@@ -49,6 +58,15 @@ pub(super) fn lines<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Li
                 vec![piece(format!(" {name} "), theme.text), verdict, piece(text, theme.text)]
             }
         });
+    }
+    if model.zoomed {
+        // The programs by their full commands, as they were measured.
+        lines.push(vec![piece(" COMMANDS, on an image named a", theme.heading)]);
+        let commands =
+            answers.iter().filter_map(|a| Some((a.operation.name, a.operation.recipe(image.family())?.command)));
+        lines.extend(
+            commands.map(|(name, command)| vec![piece(format!(" {} {command}", pad_end(name, 26)), theme.dim)]),
+        );
     }
     lines
 }
