@@ -85,6 +85,7 @@ fn pure_files_do_no_io_and_ask_no_clock() {
         "protocol/",
         "monitor/sample.rs",
         "monitor/snapshot.rs",
+        "monitor/understand.rs",
         "monitor/finding.rs",
         "monitor/change.rs",
         "monitor/wording.rs",

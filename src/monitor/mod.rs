@@ -14,5 +14,6 @@ pub mod sample;
 pub mod sampler;
 mod search;
 pub mod snapshot;
+mod understand;
 pub mod what_if;
 pub mod wording;
