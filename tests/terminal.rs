@@ -413,3 +413,56 @@ fn a_terminal_that_can_nothing_gets_a_plain_table() {
         assert_given_back(&pty);
     }
 }
+
+fn contains(haystack: &[u8], needle: &[u8]) -> bool {
+    haystack.windows(needle.len()).any(|w| w == needle)
+}
+
+#[test]
+fn copying_goes_to_the_terminal_as_osc_52_and_through_tmux() {
+    let images = three_images();
+    let path = images.path("a.raw");
+    // Base64 of the path, by an independent hand.
+    let encoded = support::run(
+        std::process::Command::new("sh").arg("-c").arg(format!("printf %s {} | base64 -w0", path.display())),
+    );
+    for tmux in [false, true] {
+        let environment: &[(&str, &str)] = if tmux { &[("TMUX", "/tmp/tmux-0/default,1,0")] } else { &[] };
+        let pty = Pty::start(PROGRAM, &[images.dir().to_str().unwrap()], environment, 80, 24);
+        pty.wait_for("3 images");
+        pty.keys("c1");
+        pty.wait_for("sent to the terminal's clipboard");
+        let raw = pty.raw();
+        assert!(
+            contains(&raw, format!("\x1b]52;c;{encoded}\x1b\\").as_bytes())
+                || contains(&raw, format!("\x1b]52;c;{encoded}\x07").as_bytes())
+        );
+        assert_eq!(contains(&raw, format!("\x1bPtmux;\x1b\x1b]52;c;{encoded}").as_bytes()), tmux);
+    }
+}
+
+#[test]
+fn the_terminal_is_never_asked_anything() {
+    let images = three_images();
+    let mut pty = dashboard(&images, 80, 24);
+    pty.wait_for("3 images");
+    pty.resize(100, 30);
+    pty.keys("?\x1b\x0cfjpq");
+    pty.wait_for_end();
+    let raw = pty.raw();
+    // Cursor position, device attributes, keyboard protocol, colours, window size, terminal version.
+    for query in [
+        "\x1b[6n",
+        "\x1b[?6n",
+        "\x1b[c",
+        "\x1b[0c",
+        "\x1b[>c",
+        "\x1b[?u",
+        "\x1b]10;?",
+        "\x1b]11;?",
+        "\x1b[18t",
+        "\x1b[>q",
+    ] {
+        assert!(!contains(&raw, query.as_bytes()), "{query:?}");
+    }
+}

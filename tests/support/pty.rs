@@ -24,6 +24,7 @@ pub struct Pty {
     slave: File,
     parser: Arc<Mutex<vt100::Parser>>,
     bytes: Arc<AtomicUsize>,
+    raw: Arc<Mutex<Vec<u8>>>,
     /// While set, nobody reads what the program writes.
     pub stalled: Arc<AtomicBool>,
     pub before: Termios,
@@ -63,6 +64,8 @@ impl Pty {
         let (bytes, stalled) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
         let master = File::from(OwnedFd::from(master));
         let mut reader = master.try_clone().unwrap();
+        let raw = Arc::new(Mutex::new(Vec::new()));
+        let log = Arc::clone(&raw);
         let (to, count, stop) = (Arc::clone(&parser), Arc::clone(&bytes), Arc::clone(&stalled));
         std::thread::spawn(move || {
             let mut buffer = [0; 4096];
@@ -82,12 +85,13 @@ impl Pty {
                     Ok(0) | Err(_) => return,
                     Ok(n) => {
                         count.fetch_add(n, Ordering::SeqCst);
+                        log.lock().unwrap().extend(&buffer[..n]);
                         to.lock().unwrap().process(&buffer[..n]);
                     }
                 }
             }
         });
-        Self { running, master: Some(master), slave, parser, bytes, stalled, before }
+        Self { running, master: Some(master), slave, parser, bytes, raw, stalled, before }
     }
 
     pub fn screen(&self) -> String {
@@ -96,6 +100,11 @@ impl Pty {
 
     pub fn with_screen<T>(&self, ask: impl FnOnce(&vt100::Screen) -> T) -> T {
         ask(self.parser.lock().unwrap().screen())
+    }
+
+    /// Everything that the program has written so far, as it came.
+    pub fn raw(&self) -> Vec<u8> {
+        self.raw.lock().unwrap().clone()
     }
 
     /// Bytes that the program has written so far.
