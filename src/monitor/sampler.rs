@@ -94,9 +94,10 @@ fn lock(slot: &Mutex<Slot>) -> MutexGuard<'_, Slot> {
 /// locks.
 const LOOK_AGAIN: [Duration; 4] =
     [Duration::ZERO, Duration::from_millis(10), Duration::from_millis(50), Duration::from_millis(200)];
-/// After a look that took some time the next hurried one waits this many times as long: events never take more than a
-/// fifth of a core.
+/// After a look that took some time the next hurried one waits this many times as long: events take a fifth of a core at
+/// most, and half of one while looks are so slow that the wait would be felt.
 const REST: u32 = 4;
+const LONGEST_REST: Duration = Duration::from_millis(150);
 /// `/proc/locks` and the directories are asked this often between two ticks, in at most a hundredth of one core.
 const HINT_PAUSE: Duration = Duration::from_millis(80);
 const HINT_SHARE: u32 = 100;
@@ -191,6 +192,10 @@ pub enum StartError {
     /// No descriptor or thread left.
     #[error("cannot start watching: {0}")]
     Resources(io::Error),
+}
+
+fn rest_after(look: Duration) -> Duration {
+    (look * REST).min(LONGEST_REST.max(look)).max(SHORTEST_REST)
 }
 
 struct Out {
@@ -290,7 +295,7 @@ impl Work {
                 (!due.is_empty()).then(|| self.looker.look_at_touched(&due))
             };
             if let Some(sample) = sample {
-                agenda.rested = Instant::now() + SHORTEST_REST.max(now.elapsed() * REST);
+                agenda.rested = Instant::now() + rest_after(now.elapsed());
                 self.looker.take_unwatched().into_iter().for_each(|text| agenda.gap(Gap::anywhere(text)));
                 self.out.publish(Snapshot::of(&sample), agenda.take_gaps());
             }
@@ -418,6 +423,12 @@ mod tests {
         let slot = lock(&slot);
         assert_eq!(slot.update.gaps.len(), 1, "once, however many");
         assert!(slot.update.snapshot.as_ref().unwrap().images[0].held().is_empty(), "the newest waits");
+    }
+
+    #[test]
+    fn the_rest_after_a_look_is_long_enough_and_not_felt() {
+        let rest = |millis| rest_after(Duration::from_millis(millis)).as_millis();
+        assert_eq!([rest(0), rest(1), rest(10), rest(100), rest(1000)], [5, 5, 40, 150, 1000]);
     }
 
     #[test]
