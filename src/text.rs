@@ -4,7 +4,6 @@
 //! are no UTF-8. Pure; asks nobody.
 
 use std::borrow::Cow;
-use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -68,12 +67,6 @@ pub fn escape_bytes(bytes: &[u8]) -> Cow<'_, str> {
 #[must_use]
 pub fn escape_path(path: &Path) -> Cow<'_, str> {
     escape_bytes(path.as_os_str().as_bytes())
-}
-
-/// An operating system string as it is shown to people.
-#[must_use]
-pub fn escape_os(text: &OsStr) -> Cow<'_, str> {
-    escape_bytes(text.as_bytes())
 }
 
 /// `text` in ASCII only: other characters are written out as `\u{e9}`.

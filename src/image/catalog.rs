@@ -188,17 +188,22 @@ impl Catalog {
                     continue;
                 }
             };
-            let known = old.remove(&resolved).filter(|d| d.is_current(&now));
-            let mut directory = match known {
-                Some(known) => known,
-                None => {
-                    *changed = true;
-                    self.list(&shown, &resolved, &now)
+            let known = old.remove(&resolved);
+            let directory = match known {
+                Some(known) if known.is_current(&now) => {
+                    let linked = known.follow_links(&resolved);
+                    *changed |= !same_files(&linked, &known.linked);
+                    Directory { linked, ..known }
+                }
+                before => {
+                    let directory = self.list(&shown, &resolved, &now);
+                    let linked = directory.follow_links(&resolved);
+                    let directory = Directory { linked, ..directory };
+                    // A directory that was listed again, because it might have changed, often has not.
+                    *changed |= before.is_none_or(|before| !before.lists_the_same(&directory));
+                    directory
                 }
             };
-            let linked = directory.follow_links(&resolved);
-            *changed |= !same_files(&linked, &directory.linked);
-            directory.linked = linked;
             if self.recursive {
                 to_do.extend(directory.below.iter().map(|name| (directory.shown.join(name), resolved.join(name))));
             }
@@ -251,6 +256,9 @@ impl Catalog {
                 FileKind::Special => {}
             }
         }
+        // In an order of its own, so that two listings can be compared.
+        directory.images.sort_by(|a, b| a.path.cmp(&b.path));
+        directory.links.sort();
         directory.below.sort();
         directory
     }
@@ -262,6 +270,14 @@ fn same_files(a: &[Entry], b: &[Entry]) -> bool {
 }
 
 impl Directory {
+    fn lists_the_same(&self, other: &Self) -> bool {
+        self.id == other.id
+            && self.below == other.below
+            && self.links == other.links
+            && same_files(&self.images, &other.images)
+            && same_files(&self.linked, &other.linked)
+    }
+
     /// The images that links lead to. Linked directories are not followed: they may lead round in a circle, or out.
     fn follow_links(&self, resolved: &Path) -> Vec<Entry> {
         let follow = |name: &PathBuf| {
@@ -383,6 +399,20 @@ mod tests {
         let past = SystemTime::now() - Duration::from_secs(60);
         fs::File::open(dir.path()).unwrap().set_modified(past).unwrap();
         let mut catalog = Catalog::new(&[dir.path().to_owned()], false).unwrap();
+        assert!(!catalog.refresh());
+    }
+
+    #[test]
+    fn a_directory_that_only_might_have_changed_is_no_change() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["b", "a", "c"] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        // Younger than a step of its clock: it is listed again each time.
+        let mut catalog = Catalog::new(&[dir.path().to_owned()], false).unwrap();
+        assert!(!catalog.refresh());
+        fs::write(dir.path().join("d"), "").unwrap();
+        assert!(catalog.refresh());
         assert!(!catalog.refresh());
     }
 }

@@ -298,6 +298,20 @@ mod tests {
     }
 
     #[test]
+    fn an_open_that_failed_is_taken_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let image = root.join("a");
+        File::create(&image).unwrap();
+        let (mut watch, woken) = watch();
+        watch.add(&root, true).unwrap();
+        watch.announce(&image);
+        watch.retract(&image);
+        drop(File::open(&image).unwrap());
+        wait_for(&watch, &woken, |t| t.files.contains(&image));
+    }
+
+    #[test]
     fn making_renaming_and_removing_change_the_listing() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().canonicalize().unwrap();

@@ -59,6 +59,12 @@ pub struct LockRecord {
 }
 
 impl LockRecord {
+    /// Whether GETLK counts it: held and not waited for, and neither flock nor lease.
+    #[must_use]
+    pub fn counts(&self) -> bool {
+        !self.waiting && matches!(self.kind, LockKind::Ofd | LockKind::Posix)
+    }
+
     /// Whether `offset` lies in the range.
     #[must_use]
     pub fn covers(&self, offset: u64) -> bool {

@@ -57,10 +57,4 @@ impl ReadError {
     fn new(path: &Path, source: impl Into<io::Error>) -> Self {
         Self { path: path.to_owned(), source: source.into() }
     }
-
-    /// Whether permission was missing, as opposed to the file having gone.
-    #[must_use]
-    pub fn is_denied(&self) -> bool {
-        self.source.kind() == io::ErrorKind::PermissionDenied
-    }
 }

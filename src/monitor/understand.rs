@@ -49,11 +49,6 @@ pub(super) fn understand(image: &ImageSample, sample: &Sample) -> Image {
     understood
 }
 
-/// Whether a record is a lock that GETLK counts: held, and neither flock nor lease.
-fn counts(record: &LockRecord) -> bool {
-    !record.waiting && matches!(record.kind, LockKind::Ofd | LockKind::Posix)
-}
-
 /// Whether a range can be QEMU's: a read lock on bytes of one of the two rows only. Neighbouring bytes come as one range.
 fn is_protocol(record: &LockRecord) -> bool {
     let within = |first, last| first <= record.start && record.end.is_some_and(|end| end <= last);
@@ -67,7 +62,7 @@ fn holders(image: &ImageSample, sample: &Sample) -> Vec<Holder> {
     for descriptor in descriptors {
         let Some(process) = sample.processes.get(&descriptor.pid) else { continue };
         for kind in [LockKind::Ofd, LockKind::Posix] {
-            let locks: Vec<&LockRecord> = descriptor.locks.iter().filter(|r| counts(r) && r.kind == kind).collect();
+            let locks: Vec<&LockRecord> = descriptor.locks.iter().filter(|r| r.counts() && r.kind == kind).collect();
             // POSIX locks belong to the process and are printed behind each of its descriptors: one is enough.
             let told = |h: &Holder| h.lock == LockKind::Posix && h.process.id == process.id;
             if locks.is_empty() || (kind == LockKind::Posix && holders.iter().any(told)) {
@@ -90,7 +85,7 @@ fn holders(image: &ImageSample, sample: &Sample) -> Vec<Holder> {
         }
     }
     // A POSIX lock names its process in the table, also where the process may not be read.
-    for record in image.table_rows.iter().filter(|r| counts(r) && r.kind == LockKind::Posix && r.pid > 0) {
+    for record in image.table_rows.iter().filter(|r| r.counts() && r.kind == LockKind::Posix && r.pid > 0) {
         let Some(process) = i32::try_from(record.pid).ok().and_then(|pid| sample.processes.get(&pid)) else { continue };
         if image.descriptors.iter().any(|d| d.pid == process.id.pid && !d.locks.is_empty()) {
             continue;
@@ -126,7 +121,7 @@ fn lies_on(holder: &Holder, byte: LockByte) -> bool {
 
 fn openers(image: &ImageSample, sample: &Sample) -> Vec<Opener> {
     let holds = |pid: i32| {
-        let on_a_byte = |r: &LockRecord| counts(r) && LockByte::ALL.iter().any(|b| r.covers(b.offset()));
+        let on_a_byte = |r: &LockRecord| r.counts() && LockByte::ALL.iter().any(|b| r.covers(b.offset()));
         image.descriptors.iter().any(|d| d.pid == pid && d.locks.iter().any(on_a_byte))
     };
     let mut openers: Vec<Opener> = image
@@ -178,7 +173,7 @@ fn verdict(image: &ImageSample, sample: &Sample, bytes: &[ByteView]) -> Verdict 
     let everyone_read = sample.hidden_processes == 0 && sample.sees_all_processes;
     let shared = image.mount.as_ref().is_some_and(|m| m.reach != Reach::Local);
     let without_holder = bytes.iter().filter(held).filter(|b| b.holders.is_empty()).map(|b| {
-        let in_table = image.table_rows.iter().any(|r| counts(r) && r.covers(b.byte.offset()));
+        let in_table = image.table_rows.iter().any(|r| r.counts() && r.covers(b.byte.offset()));
         match (in_table, everyone_read, shared) {
             (true, true, _) => Verdict::HeldByKernel,
             (false, _, true) => Verdict::HeldElsewhere,

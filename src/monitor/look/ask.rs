@@ -42,17 +42,21 @@ impl Looker {
         });
     }
 
-    pub(super) fn ask_one(&mut self, entry: &Entry) -> Option<ImageSample> {
+    fn ask_one(&mut self, entry: &Entry) -> Option<ImageSample> {
         if let Some(watch) = &self.watch {
             watch.announce(&entry.resolved);
         }
         let (file, status) = match probe::open(&entry.resolved) {
             Ok(opened) => opened,
-            // Removed or replaced since it was listed: the next listing says by what.
-            Err(OpenError::NotAnImage | OpenError::Errno(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP)) => {
-                return None;
-            }
+            // Replaced since it was listed: the next listing says by what.
+            Err(OpenError::NotAnImage) => return None,
             Err(OpenError::Errno(errno)) => {
+                if let Some(watch) = &self.watch {
+                    watch.retract(&entry.resolved);
+                }
+                if matches!(errno, Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) {
+                    return None;
+                }
                 return Some(self.describe(entry, entry.status, None, Answer::CannotOpen(errno as i32)));
             }
         };

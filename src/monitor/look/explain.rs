@@ -56,10 +56,17 @@ impl Walks {
 }
 
 impl Looker {
-    /// Goes on searching until each lock has a holder or it is certain that none can be found.
-    pub(super) fn explain(&mut self, mut open: Vec<Entry>, wanted: &HashSet<FileId>) {
+    /// Goes on searching until each lock of each image has a holder or it is certain that none can be found.
+    ///
+    /// Of every image, not of those alone that were just asked: a process that has ended or gone on leaves others without
+    /// a holder, too.
+    pub(super) fn explain(&mut self, wanted: &HashSet<FileId>) {
+        // Taken out while it is gone through: nearly always nothing is open, and nothing need be copied.
+        let entries = std::mem::take(&mut self.entries);
+        let mut open: Vec<Entry> = entries.iter().filter(|e| self.is_open(e)).cloned().collect();
+        self.entries = entries;
         for attempt in 0..ATTEMPTS {
-            open.retain(|e| !self.is_explained(&e.resolved) && !self.was_in_vain(&e.resolved));
+            open.retain(|e| self.is_open(e));
             if open.is_empty() {
                 return;
             }
@@ -67,8 +74,6 @@ impl Looker {
                 self.scan(Depth::Changed, wanted);
             } else {
                 self.walk_all(wanted);
-            }
-            if attempt > 0 {
                 // A process that ends has no descriptors any more while the kernel still closes them one by one, and
                 // nothing tells when it has done.
                 std::thread::sleep(CLOSING);
@@ -85,8 +90,12 @@ impl Looker {
         }
     }
 
+    fn is_open(&mut self, entry: &Entry) -> bool {
+        !self.is_explained(&entry.resolved) && !self.was_in_vain(&entry.resolved)
+    }
+
     /// Whether a whole walk has not explained the very same locks a short while ago.
-    pub(super) fn was_in_vain(&self, resolved: &Path) -> bool {
+    fn was_in_vain(&self, resolved: &Path) -> bool {
         let Some(image) = self.images.get(resolved) else { return false };
         let known = self.walks.in_vain.get(&image.file);
         known.is_some_and(|(at, answer, rows)| {
@@ -96,12 +105,15 @@ impl Looker {
 
     /// Whether each held byte has a holder, each holder's byte is held, and the table lists no lock of which we know no
     /// owner.
-    pub(super) fn is_explained(&mut self, resolved: &Path) -> bool {
+    fn is_explained(&mut self, resolved: &Path) -> bool {
         let Some(image) = self.images.get(resolved) else { return true };
         let Answer::Bytes(found) = &image.answer else { return true };
         let descriptors = self.search.descriptors(image.file);
         let explained = fits(found, descriptors, &image.table_rows, self.walks.explained.get(&image.file));
-        if explained {
+        if explained && descriptors.is_empty() {
+            self.walks.explained.remove(&image.file);
+            self.walks.in_vain.remove(&image.file);
+        } else if explained {
             let holders = descriptors.iter().filter(|d| !d.locks.is_empty()).cloned().collect();
             self.walks.explained.insert(image.file, (image.table_rows.len(), holders));
             self.walks.in_vain.remove(&image.file);
@@ -141,7 +153,7 @@ fn fits(
     rows: &[LockRecord],
     before: Option<&(usize, Vec<OpenDescriptor>)>,
 ) -> bool {
-    let counts = |r: &&LockRecord| !r.waiting && matches!(r.kind, LockKind::Ofd | LockKind::Posix);
+    let counts = |r: &&LockRecord| r.counts();
     let held =
         |byte: LockByte| descriptors.iter().flat_map(|d| &d.locks).filter(counts).any(|r| r.covers(byte.offset()));
     if !LockByte::ALL.into_iter().all(|b| held(b) == found.locked.contains(b)) {

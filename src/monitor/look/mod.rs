@@ -117,8 +117,7 @@ impl Looker {
         let touched: HashSet<FileId> = files.iter().filter_map(|f| self.images.get(f)).map(|i| i.file).collect();
         self.search.refresh(&touched);
         self.scan(Depth::Changed, &wanted);
-        let all = self.entries.clone();
-        self.explain(all, &wanted);
+        self.explain(&wanted);
         self.sample()
     }
 
@@ -189,17 +188,12 @@ impl Looker {
         let wanted: HashSet<FileId> = self.images.values().map(|i| i.file).collect();
         self.search.keep_only(&wanted);
         self.search.refresh(&self.ids(&targets));
-        self.scan(Depth::New, &wanted);
-        if let Scope::Files(_) = scope {
-            // Somebody opened it: who that was shows in the number of its descriptors, lock or no lock.
-            self.scan(Depth::Changed, &wanted);
-        }
+        // Somebody opened the files: who that was shows in the number of its descriptors, lock or no lock.
+        self.scan(if matches!(scope, Scope::Files(_)) { Depth::Changed } else { Depth::New }, &wanted);
         if self.walks.is_due() {
             self.walk_all(&wanted);
         }
-        // Not the targets alone: a process that has ended or gone on leaves other images without a holder, too.
-        let all = self.entries.clone();
-        self.explain(all, &wanted);
+        self.explain(&wanted);
         self.sample()
     }
 
@@ -210,10 +204,14 @@ impl Looker {
 
     fn note(&mut self, result: Result<(), ReadError>) {
         if let Err(error) = result {
-            let text = error.to_string();
-            if !self.troubles.contains(&text) {
-                self.troubles.push(text);
-            }
+            self.note_once(error.to_string());
+        }
+    }
+
+    /// One look may meet the same trouble several times.
+    fn note_once(&mut self, text: String) {
+        if !self.troubles.contains(&text) {
+            self.troubles.push(text);
         }
     }
 
@@ -234,8 +232,7 @@ impl Looker {
             Ok(lines) => {
                 if lines.bad_lines > 0 {
                     let lines = crate::text::counted(lines.bad_lines as usize, "line", "lines");
-                    self.troubles.push(format!("{lines} of /proc/locks could not be understood: report this"));
-                    self.troubles.dedup();
+                    self.note_once(format!("{lines} of /proc/locks could not be understood: report this"));
                 }
                 self.table = lines.records;
                 // The table repeats in order; sorted rows can be found and compared.
@@ -292,7 +289,7 @@ impl Looker {
                 ImageSample { path: e.path.clone(), ..i.clone() }
             })
             .collect();
-        let mut loops = None;
+        let loops = loop_devices::read(&self.roots);
         let mut processes = BTreeMap::new();
         for image in &mut images {
             // Our own output may lie among the images; our own locks are shown.
@@ -305,8 +302,7 @@ impl Looker {
                 }
             }
             image.descriptors.retain(|d| processes.contains_key(&d.pid));
-            let devices = loops.get_or_insert_with(|| loop_devices::read(&self.roots));
-            let on_it = devices.iter().filter(|d| d.backing == Some(image.file));
+            let on_it = loops.iter().filter(|d| d.backing == Some(image.file));
             let mounted = |name: &str| {
                 let device = format!("/dev/{name}");
                 self.mounts.as_ref().and_then(|m| m.from_source(&device)).map(|m| m.point.clone())
