@@ -5,6 +5,7 @@
 //! `search` and `sampler` is pure.
 
 pub mod advice;
+mod agenda;
 pub mod change;
 #[cfg(test)]
 pub(crate) mod examples;

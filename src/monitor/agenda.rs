@@ -1,0 +1,149 @@
+//! What is to be looked at next, and when; and what is to be told as missed?
+//!
+//! The sampler's plan, apart from the thread that carries it out.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use super::look::Hint;
+use crate::image::watch::Touched;
+
+/// Something may have been missed.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Gap {
+    /// About which image; `None`: about any.
+    pub image: Option<PathBuf>,
+    /// Why, in words.
+    pub text: String,
+}
+
+impl Gap {
+    /// A gap that may concern any image.
+    #[must_use]
+    pub fn anywhere(text: impl Into<String>) -> Self {
+        Self { image: None, text: text.into() }
+    }
+}
+
+/// Looks after an open: at the first event the lock is not there yet, QEMU opens an image two or three times before it
+/// locks.
+const LOOK_AGAIN: [Duration; 4] =
+    [Duration::ZERO, Duration::from_millis(10), Duration::from_millis(50), Duration::from_millis(200)];
+/// After a look that took some time the next hurried one waits this many times as long: events take a fifth of a core at
+/// most, and half of one while looks are so slow that the wait would be felt.
+const REST: u32 = 4;
+const LONGEST_REST: Duration = Duration::from_millis(150);
+/// Between two lines about gaps.
+const GAP_PAUSE: Duration = Duration::from_secs(1);
+const SHORTEST_REST: Duration = Duration::from_millis(5);
+
+/// How long to wait after a look before a hurried one.
+pub(super) fn rest_after(look: Duration) -> Duration {
+    (look * REST).min(LONGEST_REST.max(look)).max(SHORTEST_REST)
+}
+
+/// What is to be looked at, and when.
+pub(super) struct Agenda {
+    pub(super) tick: Instant,
+    /// When the cheap question is asked next.
+    pub(super) hint: Instant,
+    /// Resolved paths that somebody touched, by the time at which they are to be looked at again.
+    files: BTreeMap<Instant, HashSet<PathBuf>>,
+    /// No hurried look before this.
+    pub(super) rested: Instant,
+    /// What is to be told as a gap, and how often it happened.
+    gaps: BTreeMap<Gap, u32>,
+    /// The next time gaps are told: many of a kind are one line.
+    gaps_due: Instant,
+}
+
+impl Agenda {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { tick: now, hint: now, files: BTreeMap::new(), rested: now, gaps: BTreeMap::new(), gaps_due: now }
+    }
+
+    pub(super) fn gap(&mut self, gap: Gap) {
+        *self.gaps.entry(gap).or_default() += 1;
+    }
+
+    /// What is to be told now: each kind once, with its number.
+    pub(super) fn take_gaps(&mut self) -> Vec<Gap> {
+        let now = Instant::now();
+        if self.gaps.is_empty() || now < self.gaps_due {
+            return Vec::new();
+        }
+        self.gaps_due = now + GAP_PAUSE;
+        let line = |(gap, times): (Gap, u32)| match times {
+            0 | 1 => gap,
+            _ => Gap { text: format!("{} ({times} times)", gap.text), ..gap },
+        };
+        std::mem::take(&mut self.gaps).into_iter().map(line).collect()
+    }
+
+    pub(super) fn add(&mut self, touched: Touched) {
+        let now = Instant::now();
+        if touched.lost {
+            self.gap(Gap::anywhere("the kernel's queue of file events overflowed: everything is looked at again"));
+        }
+        if touched.lost || touched.listing {
+            self.tick = self.tick.min(now.max(self.rested));
+        }
+        if !touched.files.is_empty() {
+            for delay in LOOK_AGAIN {
+                self.files.entry(now + delay).or_default().extend(touched.files.iter().cloned());
+            }
+        }
+    }
+
+    /// What the cheap question found: locks can change without an open, and lists without inotify.
+    pub(super) fn take_hint(&mut self, hint: Hint, now: Instant) {
+        if hint.listing {
+            self.tick = self.tick.min(now.max(self.rested));
+        }
+        if !hint.files.is_empty() {
+            self.files.entry(now).or_default().extend(hint.files);
+        }
+    }
+
+    /// The files whose time has come, all at once.
+    pub(super) fn due(&mut self, now: Instant) -> HashSet<PathBuf> {
+        if now < self.rested {
+            return HashSet::new();
+        }
+        let later = self.files.split_off(&(now + Duration::from_nanos(1)));
+        std::mem::replace(&mut self.files, later).into_values().flatten().collect()
+    }
+
+    pub(super) fn next(&self) -> Instant {
+        let files = self.files.keys().next().map(|at| (*at).max(self.rested));
+        files.map_or(self.tick, |at| at.min(self.tick)).min(self.hint)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn the_rest_after_a_look_is_long_enough_and_not_felt() {
+        let rest = |millis| rest_after(Duration::from_millis(millis)).as_millis();
+        assert_eq!([rest(0), rest(1), rest(10), rest(100), rest(1000)], [5, 5, 40, 150, 1000]);
+    }
+
+    #[test]
+    fn touched_files_are_looked_at_again_until_the_lock_must_be_there() {
+        let start = Instant::now();
+        let mut agenda = Agenda { tick: start + HOUR, hint: start + HOUR, ..Agenda::new(start) };
+        let path = PathBuf::from("/images/a");
+        agenda.add(Touched { files: HashSet::from([path.clone()]), ..Touched::default() });
+        let later = start + Duration::from_millis(60);
+        assert_eq!(agenda.due(later), HashSet::from([path.clone()]));
+        assert!(agenda.due(later).is_empty(), "the last look is still to come");
+        assert!(agenda.next() < start + Duration::from_secs(10));
+        assert_eq!(agenda.due(start + Duration::from_secs(60)), HashSet::from([path]));
+        assert_eq!(agenda.next(), agenda.tick);
+    }
+}
