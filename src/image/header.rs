@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::linux::identity::{FileKind, FileStatus};
 use crate::protocol::Family;
 
 /// The format, by content.
@@ -76,6 +77,9 @@ pub struct Header {
     /// The backing file as it stands in the header: a path relative to the image, or one of QEMU's URLs. Written by
     /// whoever wrote the image; bytes that are no UTF-8 are replaced.
     pub backing_file: Option<String>,
+    /// Part of the image lies in other files, which QEMU opens and locks too: a qcow2 with a `data_file`, a vmdk made of
+    /// extents. They are not followed here.
+    pub data_elsewhere: bool,
 }
 
 /// The path that a backing file name leads to: beside the image unless it is absolute. `None` for what is no path but one
@@ -115,6 +119,15 @@ pub fn read(file: &File, length: u64) -> io::Result<Header> {
     Ok(header)
 }
 
+/// The length of an open image in bytes, also of a block device, which has no size of its own in statx.
+#[must_use]
+pub fn length(file: &File, status: &FileStatus) -> u64 {
+    match status.kind {
+        FileKind::Block => rustix::fs::seek(file, rustix::fs::SeekFrom::End(0)).unwrap_or_default(),
+        _ => status.size,
+    }
+}
+
 fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
@@ -135,6 +148,8 @@ type NamePlace = (u64, usize);
 #[must_use]
 pub fn parse(head: &[u8], length: u64) -> (Header, Option<NamePlace>) {
     let starts = |magic: &[u8]| head.starts_with(magic);
+    let mut data_elsewhere = false;
+    let mut backing_file = None;
     let (format, virtual_size, backing) = if starts(b"QFI\xfb") {
         let format = match be32(head, 4) {
             Some(2 | 3) => Format::Qcow2,
@@ -143,6 +158,8 @@ pub fn parse(head: &[u8], length: u64) -> (Header, Option<NamePlace>) {
             _ => Format::Qcow2,
         };
         let place = name_place(be64(head, 8), be32(head, 16), length);
+        // QCOW2_INCOMPAT_DATA_FILE; version 2 has no features.
+        data_elsewhere = be32(head, 4) != Some(2) && be64(head, 72).is_some_and(|features| features & 4 != 0);
         (format, be64(head, 24), place)
     } else if starts(b"QED\0") {
         let has_backing = le64(head, 16).is_some_and(|features| features & 1 != 0);
@@ -150,8 +167,11 @@ pub fn parse(head: &[u8], length: u64) -> (Header, Option<NamePlace>) {
         let place = has_backing.then(|| name_place(offset, le32(head, 60), length)).flatten();
         (Format::Qed, le64(head, 48), place)
     } else if starts(b"KDMV") {
+        // The description is text inside the file; it names a parent as `vmdk_parent_open` in block/vmdk.c reads it.
+        backing_file = vmdk_parent(head);
         (Format::Vmdk, le64(head, 12).and_then(|sectors| sectors.checked_mul(512)), None)
     } else if starts(b"COWD") || starts(b"# Disk DescriptorFile") {
+        data_elsewhere = true;
         (Format::Vmdk, None, None)
     } else if le32(head, 0x40) == Some(0xbeda_107f) {
         (Format::Vdi, le64(head, 0x170), None)
@@ -166,7 +186,14 @@ pub fn parse(head: &[u8], length: u64) -> (Header, Option<NamePlace>) {
     } else {
         (Format::Raw, Some(length), None)
     };
-    (Header { format, virtual_size, backing_file: None }, backing)
+    (Header { format, virtual_size, backing_file, data_elsewhere }, backing)
+}
+
+fn vmdk_parent(head: &[u8]) -> Option<String> {
+    const OPENING: &[u8] = b"parentFileNameHint=\"";
+    let at = head.windows(OPENING.len()).position(|w| w == OPENING)? + OPENING.len();
+    let length = head[at..].iter().position(|b| *b == b'"').filter(|n| (1..=LONGEST_BACKING_NAME).contains(n))?;
+    Some(String::from_utf8_lossy(&head[at..at + length]).into_owned())
 }
 
 fn name_place(offset: Option<u64>, len: Option<u32>, length: u64) -> Option<NamePlace> {

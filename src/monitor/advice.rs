@@ -3,6 +3,7 @@
 //! Only words: nothing here is ever run. Pure.
 
 use super::snapshot::Image;
+use crate::linux::identity::ProcessId;
 use crate::linux::process::ProcessFacts;
 use crate::text::escape;
 
@@ -15,41 +16,75 @@ pub struct Advice {
     pub release: String,
 }
 
+/// Who started a process and is to be asked about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manager<'a> {
+    /// libvirt, and the name of its domain.
+    Libvirt(&'a str),
+    /// Proxmox VE, and the number of its VM.
+    Proxmox(&'a str),
+    /// Kubernetes, and the uid of the pod.
+    Pod(&'a str),
+    /// systemd, and the program's own unit.
+    Unit(&'a str),
+    /// Nobody who is known here.
+    Nobody,
+}
+
+impl<'a> Manager<'a> {
+    /// Whoever manages `process`, by its cgroup.
+    #[must_use]
+    pub fn of(process: &'a ProcessFacts) -> Self {
+        let unit = process.unit.as_deref().unwrap_or_default();
+        if let (Some(vm), true) = (&process.vm, unit.starts_with("machine-qemu")) {
+            return Self::Libvirt(vm);
+        }
+        // Proxmox VE runs each VM in a scope named by its number.
+        let is_number = |n: &&str| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit());
+        if let Some(number) = unit.strip_suffix(".scope").filter(is_number) {
+            return Self::Proxmox(number);
+        }
+        if let Some((_, pod)) = process.container.as_deref().and_then(|c| c.split_once(" pod ")) {
+            return Self::Pod(pod);
+        }
+        // A service that is named after the program is the program's; one that merely started it, such as cron, is not.
+        let program = process.command.split(['-', '@', ' ']).next().unwrap_or_default();
+        if unit.ends_with(".service") && !program.is_empty() && unit.contains(program) {
+            return Self::Unit(unit);
+        }
+        Self::Nobody
+    }
+}
+
 /// What to type about `process`.
 #[must_use]
 pub fn advice(process: &ProcessFacts) -> Advice {
-    let pid = process.id.pid;
-    let unit = process.unit.as_deref().unwrap_or_default();
-    let in_shell = |text: &str| quote(text);
-    if let (Some(vm), true) = (&process.vm, unit.starts_with("machine-qemu")) {
-        let vm = in_shell(vm);
-        return Advice { inspect: format!("virsh dominfo {vm}"), release: format!("virsh shutdown {vm}") };
-    }
-    // Proxmox VE runs each VM in a scope named by its number.
-    if let Some(number) = unit.strip_suffix(".scope").filter(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
-    {
-        return Advice { inspect: format!("qm status {number}"), release: format!("qm shutdown {number}") };
-    }
-    if let Some((_, pod)) = process.container.as_deref().and_then(|c| c.split_once(" pod ")) {
-        let find =
-            format!("kubectl get pod -A -o wide --field-selector status.phase=Running -o json | grep -B20 {pod}");
-        return Advice {
-            inspect: find,
-            release: format!("# stop the VM of pod {pod} by its manager: virtctl stop NAME"),
-        };
-    }
-    // A service that is named after the program is the program's; one that merely started it, such as cron, is not.
-    let program = process.command.split(['-', '@', ' ']).next().unwrap_or_default();
-    if unit.ends_with(".service") && !program.is_empty() && unit.contains(program) {
-        let unit = in_shell(unit);
-        return Advice { inspect: format!("systemctl status {unit}"), release: format!("systemctl stop {unit}") };
-    }
-    // A pid may be used again before the command is typed: the start time says whether it is the same process.
-    let start = process.id.start_time;
-    Advice {
-        inspect: format!("ps -fp {pid}"),
-        release: format!("[ \"$(sed 's/.*) //' /proc/{pid}/stat | cut -d' ' -f20)\" = {start} ] && kill {pid}"),
-    }
+    let (inspect, release) = match Manager::of(process) {
+        Manager::Libvirt(vm) => {
+            let vm = quote(vm);
+            (format!("virsh dominfo {vm}"), format!("virsh shutdown {vm}"))
+        }
+        Manager::Proxmox(number) => (format!("qm status {number}"), format!("qm shutdown {number}")),
+        Manager::Pod(pod) => (
+            format!("kubectl get pod -A -o wide --field-selector status.phase=Running -o json | grep -B20 {pod}"),
+            format!("# stop the VM of pod {pod} by its manager: virtctl stop NAME"),
+        ),
+        Manager::Unit(unit) => {
+            let unit = quote(unit);
+            (format!("systemctl status {unit}"), format!("systemctl stop {unit}"))
+        }
+        Manager::Nobody => {
+            // A pid may be used again before the command is typed: the start time says whether it is the same process.
+            let ProcessId { pid, start_time } = process.id;
+            (
+                format!("ps -fp {pid}"),
+                format!(
+                    "[ \"$(sed 's/.*) //' /proc/{pid}/stat | cut -d' ' -f20)\" = {start_time} ] && kill {pid}"
+                ),
+            )
+        }
+    };
+    Advice { inspect, release }
 }
 
 /// What to type about an image that is held, but not by anybody who can be named.

@@ -59,7 +59,12 @@ pub(crate) fn image(name: &str, locked: &str) -> ImageSample {
         backing: None,
         file: FileId { device: Device { major: 8, minor: 1 }, inode: 7 },
         file_size: 1 << 20,
-        header: Some(Header { format: Format::Qcow2, virtual_size: Some(1 << 30), backing_file: None }),
+        header: Some(Header {
+            format: Format::Qcow2,
+            virtual_size: Some(1 << 30),
+            backing_file: None,
+            data_elsewhere: false,
+        }),
         mount: Some(mount("ext4", Reach::Local)),
         answer: Answer::Bytes(found),
         descriptors: Vec::new(),
@@ -83,6 +88,7 @@ pub(crate) fn sample(images: Vec<ImageSample>, processes: &[ProcessFacts]) -> Sa
     Sample {
         taken_at: Timestamp::UNIX_EPOCH,
         host: "kvm1".to_owned(),
+        taken_by: 0,
         images,
         processes: processes.iter().map(|p| (p.id.pid, p.clone())).collect::<BTreeMap<_, _>>(),
         hidden_processes: 0,

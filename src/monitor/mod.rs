@@ -16,5 +16,6 @@ pub mod sampler;
 mod search;
 pub mod snapshot;
 mod understand;
+pub mod way_out;
 pub mod what_if;
 pub mod wording;

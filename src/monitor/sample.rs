@@ -25,6 +25,8 @@ pub struct Sample {
     pub taken_at: Timestamp,
     /// On which host.
     pub host: String,
+    /// By which process of that host, if it could hold locks of its own; 0 for a recorded tree.
+    pub taken_by: i32,
     /// Each watched image, by path.
     pub images: Vec<ImageSample>,
     /// The processes that have one of them open.

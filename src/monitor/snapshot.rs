@@ -125,6 +125,8 @@ pub struct Holder {
     pub access: Access,
     /// A foreign lock; then `access` is empty.
     pub foreign: Option<ForeignRange>,
+    /// The process that looked holds it itself: a test lock of the operator's.
+    pub ours: bool,
 }
 
 /// A process that has the image open and holds none of the ten bytes.
@@ -168,6 +170,8 @@ pub struct Image {
     pub backing_file: Option<String>,
     /// Where that is, if its name is a path.
     pub backing: Option<Backing>,
+    /// Part of it lies in other files that are not followed, such as a qcow2's `data_file`.
+    pub data_elsewhere: bool,
     /// Where it lies.
     pub filesystem: Filesystem,
     /// What can be said of its locks.

@@ -28,6 +28,7 @@ pub(super) fn understand(image: &ImageSample, sample: &Sample) -> Image {
         file_size: image.file_size,
         backing_file: header.and_then(|h| h.backing_file.clone()),
         backing: image.backing.clone(),
+        data_elsewhere: header.is_some_and(|h| h.data_elsewhere),
         filesystem: Filesystem {
             kind: mount.map(|m| m.kind.clone()).unwrap_or_default(),
             source: mount.map(|m| m.source.clone()).unwrap_or_default(),
@@ -74,6 +75,7 @@ fn holders(image: &ImageSample, sample: &Sample) -> Vec<Holder> {
                 lock: kind,
                 access,
                 foreign,
+                ours: process.id.pid == sample.taken_by,
             };
             let access = access_of(locks.iter().copied().filter(|r| is_protocol(r)));
             if !access.is_empty() {
@@ -97,6 +99,7 @@ fn holders(image: &ImageSample, sample: &Sample) -> Vec<Holder> {
             lock: LockKind::Posix,
             access: if known { access_of(std::iter::once(record)) } else { Access::NONE },
             foreign: (!known).then(|| foreign(record)),
+            ours: false,
         });
     }
     holders

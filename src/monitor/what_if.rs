@@ -7,7 +7,9 @@ use std::path::PathBuf;
 
 use super::snapshot::{ByteState, Holder, Image, Snapshot};
 use crate::linux::descriptors::OpenMode;
-use crate::protocol::{HeldByOthers, Judgement, LockByte, Operation, Permission, Sentence, judge};
+use crate::protocol::{
+    Access, Family, HeldByOthers, Judgement, LockByte, Operation, Permission, PermissionSet, Sentence, judge,
+};
 
 /// The answer for one program.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,7 +70,9 @@ pub fn what_if_all(snapshot: &Snapshot, image: &Image) -> Vec<WhatIf> {
 pub fn what_if(snapshot: &Snapshot, image: &Image, operation: &'static Operation) -> Option<WhatIf> {
     let recipe = operation.recipe(image.family())?;
     let in_use = !image.holders.is_empty() || !image.openers.is_empty() || !image.held().is_empty();
-    let outcome = if recipe.steps.is_empty() {
+    let outcome = if image.format.is_none() {
+        Outcome::Unknown(format!("{} cannot be read: its format is unknown", crate::text::escape_path(&image.path)))
+    } else if recipe.steps.is_empty() {
         below(snapshot, image, operation)
     } else if let Some(why) = unknown(image) {
         Outcome::Unknown(why)
@@ -84,6 +88,14 @@ pub fn what_if(snapshot: &Snapshot, image: &Image, operation: &'static Operation
             Judgement::Granted => below(snapshot, image, operation),
         }
     };
+    // Whether those other files are opened is the format's own business: only what asks nothing of the image leaves them.
+    let outcome = match outcome {
+        Outcome::Granted if image.data_elsewhere && !recipe.steps.is_empty() => Outcome::Unknown(format!(
+            "{} keeps its data in another file, which QEMU would lock too and which is not looked at here",
+            crate::text::escape_path(&image.path)
+        )),
+        other => other,
+    };
     let widest = recipe.widest_access();
     let writes = widest.permissions.contains(Permission::Write) || widest.permissions.contains(Permission::Resize);
     let beside_writer = image.openers.iter().any(|o| o.mode == OpenMode::Write)
@@ -94,6 +106,38 @@ pub fn what_if(snapshot: &Snapshot, image: &Image, operation: &'static Operation
         _ => Harm::None,
     };
     Some(WhatIf { operation, outcome, harm })
+}
+
+/// The programs that somebody who holds `access` on an image of `family` refuses, in the order of their names.
+#[must_use]
+pub fn refused_beside(access: Access, family: Family) -> Vec<&'static Operation> {
+    let others = HeldByOthers::read(access.without_legacy());
+    let refused = |o: &&Operation| {
+        o.recipe(family).is_some_and(|recipe| matches!(judge(recipe, others), Judgement::Refused(_)))
+    };
+    Operation::ALL.iter().filter(refused).collect()
+}
+
+/// Who holds a byte that somebody who wants `access` needs free: the first such byte in QEMU's order.
+#[must_use]
+pub fn conflict(image: &Image, access: Access) -> Option<(LockByte, Sentence, Vec<&Holder>)> {
+    let others = held_by_others(image);
+    let (byte, sentence) = first_refusal(access.without_legacy(), others)?;
+    Some((byte, sentence, holders_on(image, byte).collect()))
+}
+
+/// The first byte at which others refuse `access`, if it is taken in one step: their write locks before the test.
+fn first_refusal(access: Access, others: HeldByOthers) -> Option<(LockByte, Sentence)> {
+    let blocked = access.bytes().find(|b| others.write_locked.contains(*b)).map(|b| (b, Sentence::lock_failed(b)));
+    blocked.or_else(|| access.first_conflict(others.locked).map(|b| (b, Sentence::conflict(b))))
+}
+
+/// Whether a reader that denies nothing to others (`-U`, `force-share=on`) would be let in, through the whole chain.
+#[must_use]
+pub fn shared_reader_passes(snapshot: &Snapshot, image: &Image) -> bool {
+    let reader = Access::new(PermissionSet::NONE.with(Permission::ConsistentRead), PermissionSet::NONE);
+    let passes = |i: &Image| unknown(i).is_none() && first_refusal(reader, held_by_others(i)).is_none();
+    passes(image) && chain(snapshot, image).into_iter().all(|link| link.is_ok_and(passes))
 }
 
 /// The files below the image, nearest first; `Err` with the reason where the chain cannot be followed.
@@ -143,12 +187,7 @@ fn below(snapshot: &Snapshot, image: &Image, operation: &Operation) -> Outcome {
         if let Some(why) = unknown(backing) {
             return Outcome::Unknown(why);
         }
-        let others = held_by_others(backing);
-        let blocked = operation.backing.bytes().find(|b| others.write_locked.contains(*b));
-        let sentence = blocked
-            .map(|b| (b, Sentence::lock_failed(b)))
-            .or_else(|| operation.backing.first_conflict(others.locked).map(|b| (b, Sentence::conflict(b))));
-        if let Some((byte, sentence)) = sentence {
+        if let Some((byte, sentence)) = first_refusal(operation.backing, held_by_others(backing)) {
             return Outcome::Refused(Refused {
                 byte,
                 on_image: backing.path.clone(),
@@ -170,9 +209,14 @@ fn held_by_others(image: &Image) -> HeldByOthers {
     HeldByOthers { locked: image.held(), write_locked: image.write_locked }
 }
 
-fn holders_of(image: &Image, byte: LockByte) -> Vec<Holder> {
+/// Who holds `byte` of `image`, as far as they can be named.
+pub fn holders_on(image: &Image, byte: LockByte) -> impl Iterator<Item = &Holder> {
     let on_byte = image.bytes.iter().find(|b| b.byte == byte).map(|b| b.holders.as_slice()).unwrap_or_default();
-    on_byte.iter().filter_map(|i| image.holders.get(*i)).cloned().collect()
+    on_byte.iter().filter_map(|i| image.holders.get(*i))
+}
+
+fn holders_of(image: &Image, byte: LockByte) -> Vec<Holder> {
+    holders_on(image, byte).cloned().collect()
 }
 
 #[cfg(test)]
@@ -234,8 +278,14 @@ mod tests {
     fn what_cannot_be_seen_is_not_granted() {
         let base = image("base.qcow2", "-/-");
         assert!(matches!(ask(vec![on(base.file)], "vm").outcome, Outcome::Unknown(_)));
-        let blind = ImageSample { answer: Answer::CannotOpen(13), ..image("a", "-/-") };
-        assert!(matches!(ask(vec![blind], "vm").outcome, Outcome::Unknown(_)));
+        let blind = || ImageSample { answer: Answer::CannotOpen(13), ..image("a", "-/-") };
+        assert!(matches!(ask(vec![blind()], "vm").outcome, Outcome::Unknown(_)));
+        // Not even what locks nothing is granted on an image of which not even the format is known.
+        let unread = ImageSample { header: None, ..blind() };
+        assert!(matches!(ask(vec![unread], "info").outcome, Outcome::Unknown(_)));
+        let mut elsewhere = image("a", "-/-");
+        elsewhere.header.as_mut().unwrap().data_elsewhere = true;
+        assert!(matches!(ask(vec![elsewhere], "vm").outcome, Outcome::Unknown(_)));
         let mut circle = on(FileId { inode: 100, ..base.file });
         circle.path = "/images/top.qcow2".into();
         let Outcome::Unknown(why) = ask(vec![circle], "vm").outcome else { panic!("granted") };

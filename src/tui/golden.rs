@@ -29,7 +29,7 @@ use crate::monitor::sampler::Gap;
 use crate::monitor::snapshot::Snapshot;
 
 fn header(format: Format, gib: u64) -> Option<Header> {
-    Some(Header { format, virtual_size: Some(gib << 30), backing_file: None })
+    Some(Header { format, virtual_size: Some(gib << 30), backing_file: None, data_elsewhere: false })
 }
 
 fn libvirt(pid: i32, vm: &str) -> ProcessFacts {

@@ -125,12 +125,7 @@ impl Looker {
         if let Some(known) = self.headers.get(path).filter(|k| fresh(k)) {
             return known.header.clone();
         }
-        let length = match status.kind {
-            // A block device has no size of its own in statx.
-            FileKind::Block => rustix::fs::seek(file, rustix::fs::SeekFrom::End(0)).unwrap_or_default(),
-            _ => status.size,
-        };
-        let header = header::read(file, length).ok();
+        let header = header::read(file, header::length(file, &status)).ok();
         self.headers.insert(path.to_owned(), KnownHeader { status, read_at: Instant::now(), header: header.clone() });
         header
     }

@@ -326,6 +326,7 @@ impl Looker {
         Sample {
             taken_at: Timestamp::now(),
             host: self.host.clone(),
+            taken_by: self.own_pid,
             images,
             processes,
             hidden_processes: self.search.hidden(),
