@@ -17,6 +17,8 @@ pub mod text;
 #[cfg(feature = "app")]
 pub mod cli;
 #[cfg(feature = "app")]
+pub mod config;
+#[cfg(feature = "app")]
 pub mod demo;
 #[cfg(feature = "app")]
 pub mod report;

@@ -27,13 +27,30 @@ impl Signals {
     }
 }
 
+/// A signal that came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// Which.
+    pub signal: Signal,
+    /// The kernel sent it, as a terminal does to every process in front of it; otherwise a process sent it to this one.
+    pub by_kernel: bool,
+}
+
+impl Signals {
+    /// The next signal that has come, if any.
+    pub fn receive(&mut self) -> Option<Received> {
+        let info = self.0.read_signal().ok()??;
+        let signal = i32::try_from(info.ssi_signo).ok().and_then(|n| Signal::try_from(n).ok())?;
+        Some(Received { signal, by_kernel: info.ssi_code == nix::libc::SI_KERNEL })
+    }
+}
+
 /// The signals that have come; ends when there is none, and may be asked again.
 impl Iterator for Signals {
     type Item = Signal;
 
     fn next(&mut self) -> Option<Signal> {
-        let info = self.0.read_signal().ok()??;
-        i32::try_from(info.ssi_signo).ok().and_then(|n| Signal::try_from(n).ok())
+        self.receive().map(|r| r.signal)
     }
 }
 

@@ -17,7 +17,7 @@ use crate::report::{json, table};
 use crate::signals::{ENDING, Signals};
 
 /// A closed pipe is the reader's decision and no error.
-fn unless_closed(result: io::Result<()>) -> Result<(), Failure> {
+pub(super) fn unless_closed(result: io::Result<()>) -> Result<(), Failure> {
     match result {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::error(format!("cannot write: {e}"))),
         _ => Ok(()),

@@ -23,8 +23,12 @@ pub enum Exit {
     CannotTell,
     /// No such image.
     NoSuchImage,
+    /// Time was up.
+    TimedOut,
     /// Ended by a signal.
     Signal(i32),
+    /// The status that the operator chose, or that of the command that was run.
+    Status(u8),
 }
 
 impl Exit {
@@ -37,6 +41,8 @@ impl Exit {
             Self::Error => 2,
             Self::CannotTell => 3,
             Self::NoSuchImage => 4,
+            Self::TimedOut => 124,
+            Self::Status(status) => status,
             Self::Signal(number) => u8::try_from(128 + number).unwrap_or(u8::MAX),
         }
     }
@@ -76,7 +82,11 @@ impl fmt::Display for Failure {
 
 impl Failure {
     pub(super) fn error(message: impl fmt::Display) -> Self {
-        Self { exit: Exit::Error, message: message.to_string() }
+        Self::new(Exit::Error, message)
+    }
+
+    pub(super) fn new(exit: Exit, message: impl fmt::Display) -> Self {
+        Self { exit, message: message.to_string() }
     }
 
     /// The status.

@@ -1,9 +1,13 @@
 //! What did the operator ask for?
 //!
-//! The command line; [`exit`] has its statuses, `commands` what has no screen.
+//! The command line; [`exit`] has its statuses, `commands` what has no screen; `why`, `wait` and `hold` a file each.
 
 mod commands;
 pub mod exit;
+mod hold;
+mod inquiry;
+mod wait;
+mod why;
 
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
@@ -11,19 +15,25 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::config::{Color, Config};
 use crate::demo;
 use crate::linux::Roots;
 use crate::monitor::sampler::Options;
+use crate::protocol::Operation;
 use crate::report::table::Layout;
 use crate::signals::Signals;
 use crate::tui;
 use commands::{keep_scene, list, watch};
 use exit::{Exit, Failure};
+use inquiry::parse_operation;
 
 /// Shows who holds the locks that QEMU takes on disk images.
 #[derive(Debug, Parser)]
 #[command(name = "qlock-top", version, about)]
-#[command(after_help = "Exit status: 0 free, 1 held, 2 usage or error, 3 cannot tell, 4 no such image.")]
+#[command(
+    after_help = "Exit status: 0 free or granted, 1 held or refused, 2 usage or error, 3 cannot tell, 4 no such image, \
+                  124 time is up; hold with a command: that of the command."
+)]
 pub struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -51,6 +61,32 @@ enum Command {
         #[arg(long, value_enum, default_value = "text")]
         format: WatchFormat,
     },
+    /// Say why a program is refused, by whom, and what to do; without --as, what each program would be told.
+    Why {
+        /// An image file or block device; `-`, or a pipe and no IMAGE: read a pasted error message.
+        #[arg(value_name = "IMAGE")]
+        image: Option<PathBuf>,
+        /// The program, such as vm, convert-source or resize.
+        #[arg(long = "as", value_name = "OPERATION", value_parser = parse_operation)]
+        operation: Option<&'static Operation>,
+        /// Sentences for people, or JSON for scripts, one object a line for each program.
+        #[arg(long, value_enum, default_value = "table")]
+        format: ListFormat,
+    },
+    /// Wait until a program would be let in; takes no lock.
+    Wait {
+        /// Image files or block devices; all must be ready.
+        #[arg(value_name = "IMAGE", required = true)]
+        images: Vec<PathBuf>,
+        /// The program, such as vm, convert-source or resize.
+        #[arg(long = "as", value_name = "OPERATION", value_parser = parse_operation)]
+        operation: &'static Operation,
+        /// Give up after this long, such as 30s, with status 124 and who is in the way.
+        #[arg(long, value_name = "TIME", value_parser = parse_time)]
+        timeout: Option<Duration>,
+    },
+    /// Take the locks that a program takes, as flock(1) does: while COMMAND runs, or until a signal or the timeout.
+    Hold(hold::HoldArgs),
     /// Try it on images of its own with make-believe VMs, in a temporary directory; needs no QEMU and no root.
     Demo {
         /// Make the scene, print its directory, and keep it until standard input ends or a signal comes.
@@ -77,8 +113,10 @@ struct Watched {
     #[command(flatten)]
     paths: Paths,
     /// Time between two looks, such as 1s, 500ms or 2m; opened and closed images are looked at in between.
-    #[arg(long, short, value_name = "TIME", default_value = "1s", value_parser = parse_interval)]
-    interval: Duration,
+    ///
+    /// One second unless the configuration says otherwise.
+    #[arg(long, short, value_name = "TIME", value_parser = parse_interval)]
+    interval: Option<Duration>,
 }
 
 #[derive(Debug, Args)]
@@ -86,12 +124,15 @@ struct Common {
     /// Read a recorded tree instead of /proc.
     #[arg(long, value_name = "DIR", global = true, hide_short_help = true)]
     proc_root: Option<PathBuf>,
-    /// Never take a lock.
+    /// Never take a lock: no test locks in the dashboard, no hold.
     #[arg(long, global = true)]
     read_only: bool,
-    /// When to use colour.
-    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto", global = true)]
-    color: Color,
+    /// Settings to be read after those of /etc/qlock-top.toml.
+    #[arg(long, value_name = "FILE", global = true)]
+    config: Option<PathBuf>,
+    /// When to use colour [default: auto].
+    #[arg(long, value_enum, value_name = "WHEN", global = true)]
+    color: Option<Color>,
     /// Print nothing but ASCII characters.
     #[arg(long, global = true)]
     ascii: bool,
@@ -112,17 +153,11 @@ enum WatchFormat {
     Ndjson,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Color {
-    Auto,
-    Always,
-    Never,
-}
-
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
 const LONGEST_INTERVAL: Duration = Duration::from_secs(3600);
 
-fn parse_interval(text: &str) -> Result<Duration, String> {
+/// A span of time: a number and ms, s, m or h.
+fn parse_time(text: &str) -> Result<Duration, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let seconds = match unit {
@@ -133,7 +168,15 @@ fn parse_interval(text: &str) -> Result<Duration, String> {
         _ => return Err("write a number and ms, s, m or h, such as 500ms".to_owned()),
     };
     let number: f64 = number.parse().map_err(|_| "write a number and a unit, such as 1s".to_owned())?;
-    let interval = Duration::try_from_secs_f64(number * seconds).map_err(|e| e.to_string())?;
+    Duration::try_from_secs_f64(number * seconds).map_err(|e| e.to_string())
+}
+
+/// The time between two looks.
+///
+/// # Errors
+/// What is wrong with it, in words.
+fn parse_interval(text: &str) -> Result<Duration, String> {
+    let interval = parse_time(text)?;
     if !(SHORTEST_INTERVAL..=LONGEST_INTERVAL).contains(&interval) {
         return Err("must be between 100ms and 1h".to_owned());
     }
@@ -145,10 +188,21 @@ fn parse_interval(text: &str) -> Result<Duration, String> {
 /// # Errors
 /// [`Failure`], to be printed; nothing was changed then.
 pub fn run(cli: Cli) -> Result<Exit, Failure> {
-    let common = cli.common;
+    let mut common = cli.common;
+    let config = Config::read(common.config.as_deref()).map_err(Failure::error)?;
+    common.read_only |= config.read_only;
+    common.ascii |= config.ascii;
+    common.mouse |= config.mouse;
+    common.color = common.color.or(config.color);
     match cli.command {
-        Some(Command::List { paths, format }) => list(paths, format, &common),
-        Some(Command::Watch { watched, format }) => watch(watched, format, &common),
+        Some(Command::List { paths, format }) => list(config.paths(paths), format, &common),
+        Some(Command::Watch { watched, format }) => watch(config.watched(watched)?, format, &common),
+        Some(Command::Why { image, operation, format }) => match image.filter(|i| i.as_os_str() != "-") {
+            Some(image) => why::why(&image, operation, format, &common),
+            None => why::pasted(operation, format, &common),
+        },
+        Some(Command::Wait { images, operation, timeout }) => wait::wait(&images, operation, timeout, &common),
+        Some(Command::Hold(args)) => hold::hold(&args, &common),
         Some(Command::Demo { scene_only: true }) => keep_scene(),
         Some(Command::Demo { scene_only: false }) => {
             let signals = Signals::take_over(&tui::SIGNALS)?;
@@ -158,7 +212,7 @@ pub fn run(cli: Cli) -> Result<Exit, Failure> {
         }
         Some(Command::DemoActor(args)) => demo::act(&args).map(|()| Exit::Fine).map_err(Failure::error),
         None => {
-            let options = options(cli.watched, &common)?;
+            let options = options(config.watched(cli.watched)?, &common)?;
             if !io::stdout().is_terminal() || std::env::var_os("TERM").is_none_or(|t| t == "dumb" || t.is_empty()) {
                 // No screen to draw on: one look, as a table.
                 let paths = Paths { paths: options.paths, recursive: options.recursive };
@@ -171,7 +225,29 @@ pub fn run(cli: Cli) -> Result<Exit, Failure> {
 
 impl Watched {
     fn of(path: PathBuf) -> Self {
-        Self { paths: Paths { paths: vec![path], recursive: false }, interval: Duration::from_secs(1) }
+        Self { paths: Paths { paths: vec![path], recursive: false }, interval: None }
+    }
+}
+
+impl Config {
+    /// What the operator named, or else what the configuration does.
+    fn paths(&self, mut paths: Paths) -> Paths {
+        if paths.paths.is_empty() {
+            paths.paths.clone_from(&self.paths);
+            paths.recursive |= self.recursive;
+        }
+        paths
+    }
+
+    fn watched(&self, watched: Watched) -> Result<Watched, Failure> {
+        let interval = match (watched.interval, &self.interval) {
+            (None, Some(text)) => Some(
+                parse_interval(text)
+                    .map_err(|e| Failure::error(format!("the configuration: interval = \"{text}\": {e}")))?,
+            ),
+            (given, _) => given,
+        };
+        Ok(Watched { paths: self.paths(watched.paths), interval })
     }
 }
 
@@ -195,7 +271,7 @@ fn options(watched: Watched, common: &Common) -> Result<Options, Failure> {
     Ok(Options {
         paths: or_default(watched.paths.paths)?,
         recursive: watched.paths.recursive,
-        interval: watched.interval,
+        interval: watched.interval.unwrap_or(Duration::from_secs(1)),
         roots: roots(common),
     })
 }
@@ -226,9 +302,9 @@ fn dashboard(options: &Options, common: &Common, signals: Signals) -> Result<Exi
     let no_color = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
     let look = tui::Look {
         color: match common.color {
-            Color::Always => true,
-            Color::Never => false,
-            Color::Auto => !no_color,
+            Some(Color::Always) => true,
+            Some(Color::Never) => false,
+            Some(Color::Auto) | None => !no_color,
         },
         ascii: common.ascii || !is_utf8_locale(),
         mouse: common.mouse,

@@ -78,9 +78,7 @@ pub fn advice(process: &ProcessFacts) -> Advice {
             let ProcessId { pid, start_time } = process.id;
             (
                 format!("ps -fp {pid}"),
-                format!(
-                    "[ \"$(sed 's/.*) //' /proc/{pid}/stat | cut -d' ' -f20)\" = {start_time} ] && kill {pid}"
-                ),
+                format!("[ \"$(sed 's/.*) //' /proc/{pid}/stat | cut -d' ' -f20)\" = {start_time} ] && kill {pid}"),
             )
         }
     };

@@ -77,7 +77,9 @@ fn after_refusal(snapshot: &Snapshot, image: &Image, operation: &Operation, refu
                 "{on} is held from another host: run qlock-top on each host that mounts {}",
                 escape(&holder.filesystem.source)
             ),
-            Verdict::HeldByKernel => "no process holds it: detach its loop device, or end what has it mapped".to_owned(),
+            Verdict::HeldByKernel => {
+                "no process holds it: detach its loop device, or end what has it mapped".to_owned()
+            }
             _ => "the holder cannot be seen: run qlock-top as root on the host itself".to_owned(),
         });
         ways.extend(advice_for_ownerless(holder).map(|a| format!("look with: {}", a.inspect)));

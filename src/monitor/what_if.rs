@@ -65,6 +65,18 @@ pub fn what_if_all(snapshot: &Snapshot, image: &Image) -> Vec<WhatIf> {
     Operation::ALL.iter().filter_map(|operation| what_if(snapshot, image, operation)).collect()
 }
 
+/// Sorts answers: first those that lose data, then what is refused, what cannot be told, what is granted.
+pub fn worst_first(answers: &mut [WhatIf]) {
+    let loses = |a: &WhatIf| a.harm != Harm::None || matches!(&a.outcome, Outcome::Refused(r) if r.destroys_image);
+    let rank = |a: &WhatIf| match a.outcome {
+        _ if loses(a) => 0,
+        Outcome::Refused(_) => 1,
+        Outcome::Unknown(_) => 2,
+        Outcome::Granted => 3,
+    };
+    answers.sort_by_key(|a| (rank(a), a.operation.name));
+}
+
 /// What `operation` would be told now; `None` if there is no such program for the format of `image`.
 #[must_use]
 pub fn what_if(snapshot: &Snapshot, image: &Image, operation: &'static Operation) -> Option<WhatIf> {
@@ -112,9 +124,8 @@ pub fn what_if(snapshot: &Snapshot, image: &Image, operation: &'static Operation
 #[must_use]
 pub fn refused_beside(access: Access, family: Family) -> Vec<&'static Operation> {
     let others = HeldByOthers::read(access.without_legacy());
-    let refused = |o: &&Operation| {
-        o.recipe(family).is_some_and(|recipe| matches!(judge(recipe, others), Judgement::Refused(_)))
-    };
+    let refused =
+        |o: &&Operation| o.recipe(family).is_some_and(|recipe| matches!(judge(recipe, others), Judgement::Refused(_)));
     Operation::ALL.iter().filter(refused).collect()
 }
 

@@ -4,12 +4,14 @@
 //! crate asks here which byte means what, which byte is tested first, and how QEMU words a refusal.
 
 mod access;
+mod decode;
 mod message;
 mod operation;
 mod permission;
 mod role;
 
 pub use access::{Access, AccessSyntaxError, HeldByOthers};
+pub use decode::{Report, decode};
 pub use message::{Message, Sentence};
 pub use operation::{Family, Judgement, Operation, Recipe, Refusal, Step, judge};
 pub use permission::{LockByte, Permission, PermissionSet, Side};

@@ -45,16 +45,28 @@ impl Recipe {
     /// The most that the program holds at one time while it works: every step's locks, less what has been let go.
     #[must_use]
     pub fn widest_access(&self) -> Access {
+        self.accesses().last().copied().unwrap_or_default()
+    }
+
+    /// What it holds once each of its steps is granted, up to the one at which it holds most: whoever goes through them
+    /// in this order is refused where the program would be, and then holds what it would hold. Empty where it locks
+    /// nothing.
+    #[must_use]
+    pub fn accesses(&self) -> Vec<Access> {
         let mut held = Access::NONE;
-        let mut widest = Access::NONE;
+        let mut all = Vec::new();
+        let (mut widest, mut length) = (0, 0);
         for step in self.steps {
             held = held.union(step.lock);
-            if held.bytes().count() > widest.bytes().count() {
-                widest = held;
+            all.push(held);
+            if held.bytes().count() > widest {
+                (widest, length) = (held.bytes().count(), all.len());
             }
             held = held.difference(step.unlock);
         }
-        widest
+        all.truncate(length);
+        all.dedup();
+        all
     }
 }
 
@@ -176,5 +188,7 @@ mod tests {
         assert_eq!(widest("convert-source", Family::Raw).to_string(), "c/wr");
         assert_eq!(widest("nbd", Family::Raw).to_string(), "cw/r");
         assert_eq!(widest("vm-incoming", Family::Raw), Access::NONE);
+        let vm = Operation::named("vm").and_then(|o| o.recipe(Family::Raw)).unwrap();
+        assert_eq!(vm.accesses(), ["c/-".parse().unwrap(), "cw/w".parse().unwrap()]);
     }
 }

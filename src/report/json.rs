@@ -71,7 +71,7 @@ struct ByteOut<'a> {
 }
 
 #[derive(Serialize)]
-struct HolderOut<'a> {
+pub(super) struct HolderOut<'a> {
     pid: i32,
     start_time: u64,
     command: &'a str,
@@ -96,7 +96,7 @@ struct OpenerOut<'a> {
 }
 
 /// The exact bytes of a path that is no UTF-8, in hexadecimal.
-fn exact(path: &Path) -> Option<String> {
+pub(super) fn exact(path: &Path) -> Option<String> {
     path.to_str().is_none().then(|| path.as_os_str().as_bytes().iter().map(|b| format!("{b:02x}")).collect())
 }
 
@@ -144,7 +144,7 @@ fn image_out(image: &Image) -> ImageOut<'_> {
     }
 }
 
-fn holder_out(holder: &Holder) -> HolderOut<'_> {
+pub(super) fn holder_out(holder: &Holder) -> HolderOut<'_> {
     let process = &holder.process;
     HolderOut {
         pid: process.id.pid,
@@ -248,7 +248,7 @@ pub fn image_text(image: &Image) -> String {
     String::from_utf8_lossy(&bytes).trim_end().to_owned()
 }
 
-fn write_line(mut out: impl Write, ascii: bool, value: &impl Serialize) -> io::Result<()> {
+pub(super) fn write_line(mut out: impl Write, ascii: bool, value: &impl Serialize) -> io::Result<()> {
     let mut serializer = serde_json::Serializer::with_formatter(&mut out, Harmless { ascii });
     value.serialize(&mut serializer)?;
     out.write_all(b"\n")

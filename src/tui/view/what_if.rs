@@ -3,21 +3,14 @@
 use super::panels::Lines;
 use super::{Model, Theme, piece};
 use crate::monitor::snapshot::Image;
-use crate::monitor::what_if::{Harm, Outcome, WhatIf, what_if_all};
+use crate::monitor::what_if::{Harm, Outcome, what_if_all, worst_first};
 use crate::monitor::wording::process_name;
 use crate::text::{escape_path, pad_end};
 
 pub(super) fn lines<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Lines<'a> {
     let Some(snapshot) = &model.snapshot else { return Vec::new() };
     let mut answers = what_if_all(snapshot, image);
-    let loses = |a: &WhatIf| a.harm != Harm::None || matches!(&a.outcome, Outcome::Refused(r) if r.destroys_image);
-    let rank = |a: &WhatIf| match a.outcome {
-        _ if loses(a) => 0,
-        Outcome::Refused(_) => 1,
-        Outcome::Unknown(_) => 2,
-        Outcome::Granted => 3,
-    };
-    answers.sort_by_key(|a| (rank(a), a.operation.name));
+    worst_first(&mut answers);
     let heading = format!(" {} {} what it would be told now", pad_end("PROGRAM", 26), pad_end("", 8));
     let mut lines = vec![vec![piece(heading, theme.heading)]];
     if model.zoomed {

@@ -1,0 +1,293 @@
+//! `hold`: take the locks that a program takes, while a command runs or until it is time.
+//!
+//! Like flock(1). The locks belong to an open file of this process and end with it, whatever ends it; the command does not
+//! inherit them unless asked.
+
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::exit::{Exit, Failure};
+use super::inquiry::{Inquiry, parse_operation};
+use super::{Common, layout, parse_time, roots};
+use crate::hold::{AcquireError, HeldAccess, PATIENCE_STEP};
+use crate::image::chain;
+use crate::linux::probe::OpenError;
+use crate::monitor::what_if::holders_on;
+use crate::protocol::{Access, Operation, Permission, PermissionSet};
+use crate::report::why;
+use crate::signals::{ENDING, Received, Signals};
+use crate::text::{escape, escape_path};
+
+#[derive(Debug, Args)]
+pub(super) struct HoldArgs {
+    /// An image file or block device.
+    #[arg(value_name = "IMAGE")]
+    image: PathBuf,
+    /// Hold what this program holds, on the image and on the files below it.
+    #[arg(long = "as", value_name = "OPERATION", value_parser = parse_operation, required_unless_present_any = ["permissions", "unshare"], conflicts_with_all = ["permissions", "unshare"])]
+    operation: Option<&'static Operation>,
+    /// Permissions to use: consistent-read, write, write-unchanged, resize.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = parse_permission)]
+    permissions: Vec<Permission>,
+    /// Permissions that others must not use.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = parse_permission)]
+    unshare: Vec<Permission>,
+    /// Wait this long for whoever is in the way.
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    wait: Option<Duration>,
+    /// Let go after this long; a command is ended first, and the status is 124.
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    timeout: Option<Duration>,
+    /// The status when somebody is in the way.
+    #[arg(short = 'E', long, value_name = "STATUS", default_value_t = 1)]
+    conflict_exit_code: u8,
+    /// Let the command inherit the locks: they then stay until it and all that it started have ended.
+    #[arg(long)]
+    inherit: bool,
+    /// Run this while the locks are held, and end with its status.
+    #[arg(value_name = "COMMAND", last = true)]
+    command: Vec<std::ffi::OsString>,
+}
+
+fn parse_permission(name: &str) -> Result<Permission, String> {
+    let known = || Permission::CURRENT.map(Permission::name).join(", ");
+    match Permission::from_name(name) {
+        Some(Permission::GraphMod) => Err(format!("no QEMU since 7.0 takes it; there are {}", known())),
+        Some(permission) => Ok(permission),
+        None => Err(format!("there is no such permission; there are {}", known())),
+    }
+}
+
+/// What is to be taken of one file, step by step.
+struct Wanted {
+    path: PathBuf,
+    accesses: Vec<Access>,
+}
+
+/// Between the end of a command's time and its end by force.
+const GRACE: Duration = Duration::from_secs(5);
+
+pub(super) fn hold(args: &HoldArgs, common: &Common) -> Result<Exit, Failure> {
+    if common.read_only {
+        return Err(Failure::error("read-only: hold takes locks, and --read-only or the configuration forbids it"));
+    }
+    // Before any thread is started.
+    let mut signals = Signals::take_over(&[ENDING[0], ENDING[1], ENDING[2], Signal::SIGCHLD])?;
+    let wanted = wanted(args)?;
+    let deadline = Instant::now() + args.wait.unwrap_or_default();
+    let held = loop {
+        match take_all(&wanted) {
+            Ok(held) => break held,
+            Err(AcquireError::Conflict { .. }) if Instant::now() < deadline => {}
+            Err(error) => return refused(args, common, error),
+        }
+        // No event tells of a lock that is let go; a signal ends the waiting.
+        let step = PATIENCE_STEP.min(deadline.saturating_duration_since(Instant::now()));
+        if let Some(received) = next_signal(&mut signals, Some(step))?
+            && received.signal != Signal::SIGCHLD
+        {
+            return Ok(Exit::Signal(received.signal as i32));
+        }
+    };
+    if args.command.is_empty() { keep(args, held, &mut signals) } else { run(args, held, &mut signals) }
+}
+
+fn wanted(args: &HoldArgs) -> Result<Vec<Wanted>, Failure> {
+    let set = |list: &[Permission]| list.iter().copied().collect::<PermissionSet>();
+    let Some(operation) = args.operation else {
+        let access = Access::new(set(&args.permissions), set(&args.unshare));
+        return Ok(vec![Wanted { path: args.image.clone(), accesses: vec![access] }]);
+    };
+    // Opened as it will be for the lock, so that what is wrong with it is told in the same words.
+    HeldAccess::nothing(&args.image).map_err(failure)?;
+    let header = args.image.canonicalize().ok().and_then(|p| chain::read(&p)).map(|(_, header)| header);
+    let Some(header) = header else {
+        let path = escape_path(&args.image);
+        return Err(Failure::new(
+            Exit::CannotTell,
+            format!("{path}: its header cannot be read: its format is unknown"),
+        ));
+    };
+    let Some(recipe) = operation.recipe(header.format.family()) else {
+        let path = escape_path(&args.image);
+        return Err(Failure::error(format!("{path}: {} is not known for {}", operation.name, header.format.name())));
+    };
+    let mut wanted = vec![Wanted { path: args.image.clone(), accesses: recipe.accesses() }];
+    if !operation.backing.is_empty() {
+        let below = chain::files_below(&args.image).into_iter();
+        wanted.extend(below.map(|path| Wanted { path, accesses: vec![operation.backing] }));
+    }
+    wanted.retain(|w| !w.accesses.is_empty());
+    if wanted.is_empty() {
+        return Err(Failure::error(format!(
+            "{} takes no lock on this image: there is nothing to hold",
+            operation.name
+        )));
+    }
+    Ok(wanted)
+}
+
+/// All or nothing.
+fn take_all(wanted: &[Wanted]) -> Result<Vec<HeldAccess>, AcquireError> {
+    let mut all = Vec::new();
+    for file in wanted {
+        let mut held = HeldAccess::nothing(&file.path)?;
+        for access in &file.accesses {
+            // Asked before it is tried, so that one who waits refuses nobody.
+            held.check_change(*access)?;
+            held.change(*access)?;
+        }
+        all.push(held);
+    }
+    Ok(all)
+}
+
+fn failure(error: AcquireError) -> Failure {
+    use nix::errno::Errno;
+    let exit = match &error {
+        AcquireError::Open { source: OpenError::Errno(Errno::ENOENT | Errno::ENOTDIR), .. } => Exit::NoSuchImage,
+        AcquireError::Open { source: OpenError::Errno(Errno::EACCES | Errno::EPERM), .. } => Exit::CannotTell,
+        _ => Exit::Error,
+    };
+    Failure::new(exit, error)
+}
+
+/// Says who is in the way.
+fn refused(args: &HoldArgs, common: &Common, error: AcquireError) -> Result<Exit, Failure> {
+    let AcquireError::Conflict { path, byte, sentence } = &error else {
+        return Err(failure(error));
+    };
+    let mut lines = vec![format!("qlock-top: {}: {sentence}", escape_path(path))];
+    if let Ok(inquiry) = Inquiry::make(path, roots(common)) {
+        let holders: Vec<_> = inquiry.image().map(|i| holders_on(i, *byte).collect()).unwrap_or_default();
+        lines.extend(why::held_by(&inquiry.snapshot, *byte, path, &holders));
+    }
+    let _ = why::write_lines(&mut io::stderr(), layout(common), &lines);
+    Ok(Exit::Status(args.conflict_exit_code))
+}
+
+fn next_signal(signals: &mut Signals, limit: Option<Duration>) -> Result<Option<Received>, Failure> {
+    let timeout = limit.map_or(PollTimeout::NONE, |l| {
+        // Rounded up: a wait of less than a millisecond is none.
+        PollTimeout::try_from(l + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX)
+    });
+    match poll(&mut [PollFd::new(signals.as_fd(), PollFlags::POLLIN)], timeout) {
+        Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(signals.receive()),
+        Err(e) => Err(Failure::error(e)),
+    }
+}
+
+/// Holds until a signal or the timeout. The timeout is kept by a thread of its own: writing may be stuck.
+fn keep(args: &HoldArgs, held: Vec<HeldAccess>, signals: &mut Signals) -> Result<Exit, Failure> {
+    let lines: Vec<String> =
+        held.iter().map(|h| format!("holding {} on {}", h.access(), escape_path(h.path()))).collect();
+    let (over, tell) = io::pipe()?;
+    let mut leases = Vec::new();
+    let mut kept = Vec::new();
+    match args.timeout {
+        Some(timeout) => {
+            for one in held {
+                let tell = tell.try_clone()?;
+                leases.push(one.lend(timeout, move |_| drop(tell)).map_err(Failure::error)?);
+            }
+        }
+        None => kept = held,
+    }
+    // While nobody lends, one end stays open: then only a signal ends it.
+    let _open = leases.is_empty().then_some(tell);
+    let mut out = io::stdout();
+    for line in &lines {
+        // Whoever started this waits for the line; if nobody reads it, it is held all the same.
+        let _ = writeln!(out, "{line}");
+    }
+    let _ = out.flush();
+    loop {
+        let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(over.as_fd(), PollFlags::empty())];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(Failure::error(e)),
+        }
+        let time_is_up = fds[1].revents().is_some_and(|r| r.contains(PollFlags::POLLHUP));
+        match signals.receive() {
+            Some(received) if received.signal != Signal::SIGCHLD => {
+                drop((leases, kept));
+                return Ok(Exit::Signal(received.signal as i32));
+            }
+            _ if time_is_up => return Ok(Exit::Fine),
+            _ => {}
+        }
+    }
+}
+
+/// Runs the command while the locks are held.
+fn run(args: &HoldArgs, held: Vec<HeldAccess>, signals: &mut Signals) -> Result<Exit, Failure> {
+    let (mut kept, mut inherited): (Vec<HeldAccess>, Vec<OwnedFd>) = (held, Vec::new());
+    if args.inherit {
+        for one in kept.drain(..) {
+            let file = one.into_file()?;
+            rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty()).map_err(io::Error::from)?;
+            inherited.push(file);
+        }
+    }
+    let mut child = match Command::new(&args.command[0]).args(&args.command[1..]).spawn() {
+        Ok(child) => child,
+        Err(e) => {
+            // As a shell reports it.
+            let status = if e.kind() == io::ErrorKind::NotFound { 127 } else { 126 };
+            let name = args.command[0].to_string_lossy();
+            return Err(Failure::new(Exit::Status(status), format!("cannot run {}: {e}", escape(&name))));
+        }
+    };
+    let started = Instant::now();
+    let (mut told_to_end, mut forced) = (false, false);
+    let status = loop {
+        let limit = match (args.timeout, told_to_end, forced) {
+            (None, ..) | (_, _, true) => None,
+            (Some(timeout), false, _) => Some(timeout.saturating_sub(started.elapsed())),
+            (Some(timeout), true, _) => Some((timeout + GRACE).saturating_sub(started.elapsed())),
+        };
+        let received = next_signal(signals, limit)?;
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        match received.map(|r| (r.signal, r.by_kernel)) {
+            None if limit.is_some_and(|l| l.is_zero()) && told_to_end => {
+                forced = true;
+                send(&child, Signal::SIGKILL);
+            }
+            None if limit.is_some_and(|l| l.is_zero()) => {
+                told_to_end = true;
+                send(&child, Signal::SIGTERM);
+            }
+            // The command has been told by the terminal, too.
+            None | Some((Signal::SIGCHLD, _) | (_, true)) => {}
+            Some((signal, false)) => send(&child, signal),
+        }
+    };
+    drop((kept, inherited));
+    Ok(if told_to_end { Exit::TimedOut } else { exit_of(status) })
+}
+
+fn send(child: &Child, signal: Signal) {
+    // Not waited for yet, so the pid is still its own.
+    if let Ok(pid) = i32::try_from(child.id()) {
+        let _ = kill(Pid::from_raw(pid), signal);
+    }
+}
+
+fn exit_of(status: ExitStatus) -> Exit {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => Exit::Status(u8::try_from(code).unwrap_or(u8::MAX)),
+        (None, Some(signal)) => Exit::Signal(signal),
+        (None, None) => Exit::Error,
+    }
+}

@@ -1,0 +1,134 @@
+//! `wait`: when would a program be let in?
+//!
+//! Asks each file about its bytes over and over, which locks nothing and costs microseconds. Who is in the way is looked
+//! for only when time is up: that goes through every process.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::exit::{Exit, Failure};
+use super::inquiry::{Inquiry, gone, not_for};
+use super::{Common, layout, roots};
+use crate::hold::PATIENCE_STEP;
+use crate::linux::probe::{self, Asker, OpenError};
+use crate::monitor::what_if::{Outcome, WhatIf, what_if};
+use crate::protocol::{Access, HeldByOthers, Judgement, Operation, Recipe, judge};
+use crate::report::why;
+
+/// One image that is waited for, with the files that are opened below it.
+struct Awaited {
+    path: PathBuf,
+    recipe: &'static Recipe,
+    below: Vec<PathBuf>,
+    takes_below: Access,
+}
+
+pub(super) fn wait(
+    images: &[PathBuf],
+    operation: &'static Operation,
+    timeout: Option<Duration>,
+    common: &Common,
+) -> Result<Exit, Failure> {
+    let start = Instant::now();
+    let mut awaited = Vec::new();
+    for path in images {
+        match ask(path, operation, common)? {
+            (_, answer) if matches!(answer.outcome, Outcome::Unknown(_)) => return blind(path, operation, common),
+            (inquiry, _) => awaited.push(Awaited::of(&inquiry, operation)?),
+        }
+    }
+    loop {
+        let mut all_pass = true;
+        for image in &awaited {
+            match image.passes() {
+                Ok(passes) => all_pass &= passes,
+                Err(Trouble::Gone) => return Err(gone(&image.path)),
+                Err(Trouble::Blind) => return blind(&image.path, operation, common),
+            }
+        }
+        if all_pass {
+            return Ok(Exit::Fine);
+        }
+        let left = timeout.map(|t| t.saturating_sub(start.elapsed()));
+        if left == Some(Duration::ZERO) {
+            return time_is_up(&awaited, operation, common);
+        }
+        // No event tells of a lock that is let go: see `PATIENCE_STEP`.
+        std::thread::sleep(left.map_or(PATIENCE_STEP, |l| l.min(PATIENCE_STEP)));
+    }
+}
+
+fn ask(path: &Path, operation: &'static Operation, common: &Common) -> Result<(Inquiry, WhatIf), Failure> {
+    let inquiry = Inquiry::make(path, roots(common))?;
+    let answer = what_if(&inquiry.snapshot, inquiry.image()?, operation);
+    match answer {
+        Some(answer) => Ok((inquiry, answer)),
+        None => Err(not_for(operation, inquiry.image()?)),
+    }
+}
+
+/// Says what is not known; never "granted".
+fn blind(path: &Path, operation: &'static Operation, common: &Common) -> Result<Exit, Failure> {
+    tell(path, operation, common)?;
+    Ok(Exit::CannotTell)
+}
+
+fn tell(path: &Path, operation: &'static Operation, common: &Common) -> Result<(), Failure> {
+    let (inquiry, answer) = ask(path, operation, common)?;
+    // Standard output stays empty: what is waited for is not there.
+    let _ = why::write_text(io::stderr(), layout(common), &inquiry.snapshot, inquiry.image()?, &answer);
+    Ok(())
+}
+
+fn time_is_up(awaited: &[Awaited], operation: &'static Operation, common: &Common) -> Result<Exit, Failure> {
+    let _ = writeln!(io::stderr(), "qlock-top: time is up");
+    for image in awaited.iter().filter(|i| !matches!(i.passes(), Ok(true))) {
+        tell(&image.path, operation, common)?;
+    }
+    Ok(Exit::TimedOut)
+}
+
+enum Trouble {
+    Gone,
+    Blind,
+}
+
+impl Awaited {
+    fn of(inquiry: &Inquiry, operation: &'static Operation) -> Result<Self, Failure> {
+        let image = inquiry.image()?;
+        let recipe = operation.recipe(image.family()).ok_or_else(|| not_for(operation, image))?;
+        // Whoever takes nothing below the image does not open it either.
+        let below = if operation.backing.is_empty() {
+            Vec::new()
+        } else {
+            inquiry.snapshot.images.iter().filter(|i| i.path != image.path).map(|i| i.resolved.clone()).collect()
+        };
+        Ok(Self { path: image.path.clone(), recipe, below, takes_below: operation.backing })
+    }
+
+    fn passes(&self) -> Result<bool, Trouble> {
+        let resolved = self.path.canonicalize().map_err(|_| Trouble::Gone)?;
+        if !matches!(judge(self.recipe, held(&resolved)?), Judgement::Granted) {
+            return Ok(false);
+        }
+        for path in &self.below {
+            let others = held(path)?;
+            let write_locked = self.takes_below.bytes().any(|b| others.write_locked.contains(b));
+            if write_locked || self.takes_below.first_conflict(others.locked).is_some() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+fn held(resolved: &Path) -> Result<HeldByOthers, Trouble> {
+    let (file, _) = probe::open(resolved).map_err(|e| match e {
+        OpenError::Errno(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) | OpenError::NotAnImage => Trouble::Gone,
+        OpenError::Errno(_) => Trouble::Blind,
+    })?;
+    probe::held_bytes(&file, Asker::Process).map(|found| found.held_by_others()).map_err(|_| Trouble::Blind)
+}
