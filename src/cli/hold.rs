@@ -5,13 +5,14 @@
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
 use super::exit::{Exit, Failure};
@@ -237,15 +238,13 @@ fn run(args: &HoldArgs, held: Vec<HeldAccess>, signals: &mut Signals) -> Result<
             inherited.push(file);
         }
     }
-    let mut child = match Command::new(&args.command[0]).args(&args.command[1..]).spawn() {
-        Ok(child) => child,
-        Err(e) => {
-            // As a shell reports it.
-            let status = if e.kind() == io::ErrorKind::NotFound { 127 } else { 126 };
-            let name = args.command[0].to_string_lossy();
-            return Err(Failure::new(Exit::Status(status), format!("cannot run {}: {e}", escape(&name))));
-        }
-    };
+    // By way of this program: the signals that come as events here are held back in a child too, until it has let them in.
+    let mut child = Command::new("/proc/self/exe")
+        .arg0("qlock-top")
+        .args(["hold-command", "--"])
+        .args(&args.command)
+        .spawn()
+        .map_err(|e| Failure::error(format!("cannot run /proc/self/exe: {e}")))?;
     let started = Instant::now();
     let (mut told_to_end, mut forced) = (false, false);
     let status = loop {
@@ -274,6 +273,22 @@ fn run(args: &HoldArgs, held: Vec<HeldAccess>, signals: &mut Signals) -> Result<
     };
     drop((kept, inherited));
     Ok(if told_to_end { Exit::TimedOut } else { exit_of(status) })
+}
+
+/// Becomes the command, with signals as they were.
+#[derive(Debug, Args)]
+pub(super) struct CommandArgs {
+    #[arg(last = true, required = true)]
+    command: Vec<std::ffi::OsString>,
+}
+
+pub(super) fn become_command(args: &CommandArgs) -> Result<Exit, Failure> {
+    SigSet::all().thread_unblock().map_err(Failure::error)?;
+    let error = Command::new(&args.command[0]).args(&args.command[1..]).exec();
+    // As a shell reports it.
+    let status = if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 };
+    let name = args.command[0].to_string_lossy();
+    Err(Failure::new(Exit::Status(status), format!("cannot run {}: {error}", escape(&name))))
 }
 
 fn send(child: &Child, signal: Signal) {

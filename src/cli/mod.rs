@@ -6,6 +6,7 @@ mod commands;
 pub mod exit;
 mod hold;
 mod inquiry;
+mod pasted;
 mod wait;
 mod why;
 
@@ -87,6 +88,9 @@ enum Command {
     },
     /// Take the locks that a program takes, as flock(1) does: while COMMAND runs, or until a signal or the timeout.
     Hold(hold::HoldArgs),
+    /// The command of hold, on its way.
+    #[command(hide = true)]
+    HoldCommand(hold::CommandArgs),
     /// Try it on images of its own with make-believe VMs, in a temporary directory; needs no QEMU and no root.
     Demo {
         /// Make the scene, print its directory, and keep it until standard input ends or a signal comes.
@@ -199,10 +203,11 @@ pub fn run(cli: Cli) -> Result<Exit, Failure> {
         Some(Command::Watch { watched, format }) => watch(config.watched(watched)?, format, &common),
         Some(Command::Why { image, operation, format }) => match image.filter(|i| i.as_os_str() != "-") {
             Some(image) => why::why(&image, operation, format, &common),
-            None => why::pasted(operation, format, &common),
+            None => pasted::explain(operation, format, &common),
         },
         Some(Command::Wait { images, operation, timeout }) => wait::wait(&images, operation, timeout, &common),
         Some(Command::Hold(args)) => hold::hold(&args, &common),
+        Some(Command::HoldCommand(args)) => hold::become_command(&args),
         Some(Command::Demo { scene_only: true }) => keep_scene(),
         Some(Command::Demo { scene_only: false }) => {
             let signals = Signals::take_over(&tui::SIGNALS)?;

@@ -51,11 +51,3 @@ fn exit_of(answers: &[WhatIf]) -> Exit {
         Exit::Fine
     }
 }
-
-pub(super) fn pasted(
-    _operation: Option<&'static Operation>,
-    _format: ListFormat,
-    _common: &Common,
-) -> Result<Exit, Failure> {
-    Ok(Exit::Error)
-}

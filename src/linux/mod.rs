@@ -7,6 +7,7 @@ pub mod descriptors;
 pub mod identity;
 pub mod lock_table;
 pub mod loop_devices;
+pub mod mount_namespaces;
 pub mod mounts;
 pub mod probe;
 pub mod process;

@@ -165,7 +165,7 @@ fn parse_line(line: &str) -> Option<(u64, Arc<Mount>)> {
 }
 
 /// Undoes the octal escapes of mountinfo (`\040` for a space).
-fn unescape(text: &str) -> String {
+pub(super) fn unescape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(at) = rest.find('\\') {

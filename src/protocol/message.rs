@@ -71,6 +71,30 @@ pub struct Message {
 }
 
 impl Message {
+    /// What happened, in one sentence for people.
+    #[must_use]
+    pub fn meaning(&self) -> String {
+        match (self.sentence, &self.errno) {
+            (_, Some(_)) => {
+                "the lock call itself failed: the file system or its server could not answer. Whatever the \
+                             hint says, nobody need hold the image"
+                    .to_owned()
+            }
+            (Sentence::Conflict(LockByte { side: Side::Unshare, permission }), None) => format!(
+                "the program wanted to use \"{}\", and somebody else who has the image open denies that",
+                permission.qemu_name()
+            ),
+            (Sentence::Conflict(LockByte { side: Side::Permission, permission }), None) => format!(
+                "the program wanted to deny \"{}\" to others, and somebody else uses it",
+                permission.qemu_name()
+            ),
+            (Sentence::LockFailed { offset }, None) => format!(
+                "somebody holds a write lock on byte {offset}. No QEMU takes such a lock: another hypervisor does, or a \
+                 program that locks the whole file"
+            ),
+        }
+    }
+
     /// Finds the first of QEMU's lock messages in `text`, wherever it stands in it.
     #[must_use]
     pub fn find(text: &str) -> Option<Self> {

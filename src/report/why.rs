@@ -201,7 +201,7 @@ fn holder_text(holder: &Holder, now: Timestamp) -> String {
         None => access_text(holder.access),
     });
     if let Some(started) = process.started {
-        parts.push(format!("for {} at most", span(now.duration_since(started).as_secs().unsigned_abs())));
+        parts.push(format!("running for {}", span(now.duration_since(started).as_secs().unsigned_abs())));
     }
     parts.push(format!("user {}", escape(&process.user)));
     parts.extend(holder.fd.map(|fd| format!("fd {fd}")));
