@@ -42,7 +42,7 @@ use nix::libc;
 
 pub use lease::{Ending, Lease};
 
-use crate::linux::identity::{FileKind, status_of};
+use crate::linux::identity::{FileId, FileKind, status_of};
 use crate::linux::lock_table::LockMode;
 use crate::linux::probe::{self, Asker, LockFound, OpenError};
 use crate::protocol::{Access, LockByte, Sentence};
@@ -188,6 +188,14 @@ impl HeldAccess {
     #[must_use]
     pub fn access(&self) -> Access {
         self.access
+    }
+
+    /// The file that was opened: whoever chose it by its name may want to see that it is still the same.
+    ///
+    /// # Errors
+    /// The errno of statx(2).
+    pub fn file(&self) -> std::io::Result<FileId> {
+        Ok(status_of(&self.file).map(|s| s.id)?)
     }
 
     /// The path it was acquired by.

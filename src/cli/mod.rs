@@ -314,7 +314,7 @@ fn dashboard(options: &Options, common: &Common, signals: Signals) -> Result<Exi
         ascii: common.ascii || !is_utf8_locale(),
         mouse: common.mouse,
     };
-    match tui::run(options, look, signals) {
+    match tui::run(options, look, common.read_only, signals) {
         Ok(tui::End::Quit) => Ok(Exit::Fine),
         Ok(tui::End::Hangup) => Ok(Exit::Signal(nix::sys::signal::Signal::SIGHUP as i32)),
         Ok(tui::End::Signal(signal)) => Ok(Exit::Signal(signal as i32)),

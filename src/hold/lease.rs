@@ -4,7 +4,7 @@
 //! extend it. The time that the host sleeps does not count (`CLOCK_MONOTONIC`, clock_gettime(2)).
 
 use std::io;
-use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,8 @@ pub struct Lease {
     until: Instant,
     /// Dropped to wake the thread.
     release: Option<SyncSender<()>>,
+    /// Its other end is dropped when all has been done.
+    done: Receiver<()>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -39,6 +41,7 @@ impl Lease {
         let access = held.access();
         let until = Instant::now() + limit;
         let (release, released) = sync_channel::<()>(0);
+        let (doing, done) = sync_channel::<()>(0);
         let keep = move || {
             let left = until.saturating_duration_since(Instant::now());
             let ending = match released.recv_timeout(left) {
@@ -47,9 +50,10 @@ impl Lease {
             };
             drop(held);
             on_end(ending);
+            drop(doing);
         };
         let thread = std::thread::Builder::new().name("lease".to_owned()).spawn(keep)?;
-        Ok(Self { access, until, release: Some(release), thread: Some(thread) })
+        Ok(Self { access, until, release: Some(release), done, thread: Some(thread) })
     }
 
     /// What is held, while it is not over.
@@ -71,8 +75,19 @@ impl Lease {
     }
 
     /// Has the locks let go and does not wait for it: where a file server hangs, an unlock may take long.
-    pub fn release_soon(mut self) {
+    pub fn let_go(&mut self) {
         self.release = None;
+    }
+
+    /// Waits until the locks have been let go and `on_end` has returned, at most until `deadline`.
+    pub fn wait_until(&self, deadline: Instant) {
+        // Nothing is ever sent: it ends when the other end is dropped.
+        let _ = self.done.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+    }
+
+    /// Has the locks let go and forgets about them.
+    pub fn release_soon(mut self) {
+        self.let_go();
         self.thread = None;
     }
 }

@@ -134,8 +134,12 @@ fn unlocked_writer(image: &Image, opener: &Opener) -> Finding {
 
 /// Two that write and both let others write: nothing but a cluster file system inside keeps the content whole.
 fn shared_writers(image: &Image) -> Option<Finding> {
-    let mut writers: Vec<&ProcessFacts> =
-        image.holders.iter().filter(|h| h.access.permissions.contains(Permission::Write)).map(|h| &h.process).collect();
+    let mut writers: Vec<&ProcessFacts> = image
+        .holders
+        .iter()
+        .filter(|h| !h.ours && h.access.permissions.contains(Permission::Write))
+        .map(|h| &h.process)
+        .collect();
     writers.sort_by_key(|p| p.id);
     writers.dedup_by_key(|p| p.id);
     (writers.len() > 1).then(|| {

@@ -26,6 +26,16 @@ pub fn short_process_name(process: &ProcessFacts) -> String {
     format!("{} {}", escape(process.vm.as_ref().unwrap_or(&process.command)), process.id.pid)
 }
 
+/// Instead of a name, for locks that this very program holds.
+pub const OURS: &str = "OUR TEST LOCK";
+
+/// The name of a holder; our own locks are told apart.
+#[must_use]
+pub fn holder_name(holder: &Holder) -> String {
+    let name = process_name(&holder.process);
+    if holder.ours { format!("{OURS} ({name})") } else { name }
+}
+
 /// "bytes 0 to 9", "byte 101", "bytes 0 to the end".
 #[must_use]
 pub fn range_text(range: ForeignRange) -> String {
@@ -118,7 +128,7 @@ fn list_holders(image: &Image, process_name: fn(&ProcessFacts) -> String) -> Str
             names.push(name);
         }
     };
-    image.holders.iter().for_each(|h: &Holder| add(process_name(&h.process)));
+    image.holders.iter().for_each(|h: &Holder| add(if h.ours { OURS.to_owned() } else { process_name(&h.process) }));
     for opener in &image.openers {
         let how = if opener.mode == OpenMode::Write { "writes" } else { "reads" };
         add(format!("{} {how} unlocked", process_name(&opener.process)));

@@ -15,6 +15,7 @@ use ratatui::layout::Rect;
 use ratatui::style::{Color, Modifier};
 
 use super::model::{Model, Overlay};
+use super::test_lock::{LockNews, OwnLock, Stage};
 use super::theme::{Look, Theme};
 use super::update::{Effect, Msg, update};
 use super::view;
@@ -320,6 +321,102 @@ fn golden_stale_and_empty() {
     golden("empty", "no images yet, and that this may change", model);
 }
 
+/// A test lock of our own on the free image.
+fn with_own_lock() -> Model {
+    let mut model = on("日本語-disk.raw");
+    let mut later = host();
+    let image = later.images.iter_mut().find(|i| i.path.ends_with("日本語-disk.raw")).unwrap();
+    let sampled = crate::monitor::examples::image("x", "cw/w");
+    *image = ImageSample {
+        answer: sampled.answer,
+        table_rows: sampled.table_rows,
+        descriptors: vec![holds(500, "cw/w")],
+        ..image.clone()
+    };
+    later.processes.insert(500, process(500, "qlock-top", None));
+    later.taken_by = 500;
+    let key = model.selected.clone().unwrap();
+    update(&mut model, Msg::Snapshot(Arc::new(Snapshot::of(&later))));
+    let lock =
+        OwnLock { id: 1, key, access: "cw/w".parse().unwrap(), until: model.now + SignedDuration::from_secs(27) };
+    update(&mut model, Msg::Lock(LockNews::Taken(lock)));
+    press(&mut model, "1");
+    model
+}
+
+#[test]
+fn golden_test_lock() {
+    let mut model = on("db01.raw");
+    press(&mut model, "t");
+    golden(
+        "test-lock",
+        "the programs, and for the chosen one whom it would hit and what it would refuse",
+        model.clone(),
+    );
+    press(&mut model, "\n");
+    let key = model.selected.clone().unwrap();
+    update(
+        &mut model,
+        Msg::Lock(LockNews::Checked { key, result: Err("/images/db01.raw: Failed to get \"write\" lock".to_owned()) }),
+    );
+    golden("test-lock-checked", "check only comes first; its answer stands below", model.clone());
+    press(&mut model, "j\n");
+    golden("test-lock-confirm", "the image is in use: No comes first", model);
+    let mut model = on("日本語-disk.raw");
+    press(&mut model, "t\tj ");
+    golden("test-lock-bytes", "the ten bytes with those that are chosen", model);
+    golden(
+        "test-lock-held",
+        "a banner with the countdown; our own lock is told apart in table and panel",
+        with_own_lock(),
+    );
+}
+
+#[test]
+fn a_test_lock_is_checked_first_and_confirmed_where_somebody_is_in_the_way() {
+    let mut model = on("db01.raw");
+    let effects = press(&mut model, "t\n\n");
+    assert!(matches!(effects.as_slice(), [Effect::CheckLock { .. }]), "{effects:?}");
+    // Take, and Enter again: that answers No.
+    assert_eq!(press(&mut model, "j\n\n"), []);
+    let effects = press(&mut model, "j++\nj\n");
+    let [Effect::TakeLock { accesses, limit, .. }] = effects.as_slice() else { panic!("{effects:?}") };
+    assert_eq!((accesses.last().unwrap().to_string().as_str(), *limit), ("cw/w", Duration::from_secs(120)));
+    // Nobody uses this one: no question is asked.
+    let effects = press(&mut on("日本語-disk.raw"), "t\nj\n");
+    assert!(matches!(effects.as_slice(), [Effect::TakeLock { limit, .. }] if *limit == Duration::from_secs(30)));
+}
+
+#[test]
+fn the_longest_test_lock_is_an_hour_and_graph_mod_is_never_taken() {
+    let mut model = on("日本語-disk.raw");
+    let effects = press(&mut model, "t\t++++++++++++jjjj jjjjj \n");
+    assert_eq!(effects, [], "nothing is chosen yet");
+    let effects = press(&mut model, "k \nj\n");
+    let [Effect::TakeLock { accesses, limit, .. }] = effects.as_slice() else { panic!("{effects:?}") };
+    assert_eq!((accesses[0].to_string().as_str(), limit.as_secs()), ("-/r", 3600));
+}
+
+#[test]
+fn u_lets_go_of_the_lock_on_the_image_and_a_large_u_of_all() {
+    let mut model = with_own_lock();
+    assert_eq!(press(&mut model, "u"), [Effect::ReleaseLock(1)]);
+    assert_eq!(press(&mut model, "U"), [Effect::ReleaseLock(1)]);
+    update(&mut model, Msg::Lock(LockNews::Ended { id: 1, by_deadline: true }));
+    assert!(model.own_locks.is_empty() && model.note.as_ref().unwrap().contains("its time is up"));
+    assert_eq!(press(&mut model, "uU"), []);
+}
+
+#[test]
+fn read_only_says_so_and_opens_no_dialog() {
+    let mut model = on("日本語-disk.raw");
+    model.read_only = true;
+    assert_eq!(press(&mut model, "t\n\n"), []);
+    assert_eq!(model.overlay, None);
+    press(&mut model, "t");
+    assert!(model.note.as_ref().unwrap().starts_with("read-only: no test locks"));
+}
+
 #[test]
 fn a_terminal_that_is_too_small_gets_one_sentence() {
     let mut model = screen();
@@ -377,7 +474,7 @@ fn a_paste_is_text_or_nothing() {
 
 fn message() -> impl Strategy<Value = Msg> {
     let keys = prop_oneof![
-        4 => prop::sample::select("jkgG?/sS pfc+-rm12345[]q\u{1b}\n\tvm:web!xe".chars().collect::<Vec<_>>()).prop_map(|c| match c {
+        4 => prop::sample::select("jkgG?/sS pfctuU+-rm12345[]q\u{1b}\n\tvm:web!xe".chars().collect::<Vec<_>>()).prop_map(|c| match c {
             '\n' => KeyCode::Enter,
             '\t' => KeyCode::Tab,
             '\u{1b}' => KeyCode::Esc,
@@ -399,6 +496,16 @@ fn message() -> impl Strategy<Value = Msg> {
         }),
         1 => "\\PC{0,20}".prop_map(Msg::Paste),
         1 => "\\PC{0,20}".prop_map(|text| Msg::Gap(Gap::anywhere(text))),
+        2 => (0u64..4, 0u8..4).prop_map(|(id, kind)| {
+            let first = &host().images[0];
+            let key = (first.path.clone(), first.file);
+            Msg::Lock(match kind {
+                0 => LockNews::Taken(OwnLock { id, key, access: "cw/w".parse().unwrap(), until: at(300_000) }),
+                1 => LockNews::Ended { id, by_deadline: true },
+                2 => LockNews::Checked { key, result: Err("because".to_owned()) },
+                _ => LockNews::Refused { key, why: "because".to_owned() },
+            })
+        }),
         1 => (0i64..1_000_000).prop_map(|s| Msg::Clock { now: at(s), looked_at: Some(at(s / 2)) }),
         1 => (0u16..300, 0u16..100, 0u8..3).prop_map(|(column, row, kind)| {
             use crossterm::event::{MouseButton, MouseEvent, MouseEventKind};
@@ -412,10 +519,25 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
 
     #[test]
-    fn no_sequence_of_messages_breaks_the_screen(messages in proptest::collection::vec(message(), 1..60)) {
+    fn no_sequence_of_messages_breaks_the_screen(
+        messages in proptest::collection::vec(message(), 1..60),
+        read_only in any::<bool>(),
+    ) {
         let mut model = screen();
+        model.read_only = read_only;
         for message in messages {
-            update(&mut model, message);
+            let confirmed = matches!(
+                &model.overlay,
+                Some(Overlay::TestLock(d)) if matches!(d.stage, Stage::Decide { take: true } | Stage::Confirm { yes: true })
+            );
+            for effect in update(&mut model, message) {
+                let asks = matches!(effect, Effect::TakeLock { .. } | Effect::CheckLock { .. });
+                prop_assert!(!(asks && read_only), "read-only never asks for a lock");
+                if let Effect::TakeLock { limit, .. } = effect {
+                    prop_assert!(confirmed, "only the second choice takes");
+                    prop_assert!(limit <= Duration::from_secs(3600));
+                }
+            }
             // The selection is valid, or there is nothing to select.
             prop_assert_eq!(model.selected_row().is_some(), !model.rows.is_empty());
             prop_assert!(model.cursor().is_some() || model.row_count() == 0);

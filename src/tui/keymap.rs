@@ -49,6 +49,12 @@ pub enum Action {
     Findings,
     /// Copy something about the row.
     Copy,
+    /// Choose a test lock for the image.
+    TestLock,
+    /// Let go of the test lock on the image.
+    Release,
+    /// Let go of every test lock.
+    ReleaseAll,
     /// Look less often.
     Slower,
     /// Look more often.
@@ -122,7 +128,7 @@ pub const TYPING: &[(&str, &str)] = &[
 /// An action is valid in the same places whatever key asks for it.
 const fn when(action: Action) -> When {
     match action {
-        Action::NextPanel | Action::PreviousPanel | Action::Sort | Action::Reverse => When::Images,
+        Action::NextPanel | Action::PreviousPanel | Action::Sort | Action::Reverse | Action::TestLock => When::Images,
         Action::ScrollUp | Action::ScrollDown | Action::Filter | Action::Freeze | Action::Processes => When::NoList,
         _ => When::Always,
     }
@@ -172,6 +178,9 @@ pub const KEYMAP: &[Binding] = &[
     ),
     plain(&[KeyCode::Char('s')], Action::Sort, "s", "sort", "sort by the next column"),
     plain(&[KeyCode::Char('S')], Action::Reverse, "S", "", "sort the other way round"),
+    plain(&[KeyCode::Char('t')], Action::TestLock, "t", "test lock", "check or take a test lock on the image"),
+    plain(&[KeyCode::Char('u')], Action::Release, "u", "", "let go of the test lock on the image"),
+    plain(&[KeyCode::Char('U')], Action::ReleaseAll, "U", "", "let go of every test lock"),
     plain(&[KeyCode::Char(' ')], Action::Freeze, "space", "freeze", "hold the screen still, or let it go on"),
     plain(&[KeyCode::Char('p')], Action::Processes, "p", "processes", "processes instead of images, and back"),
     plain(&[KeyCode::Char('f')], Action::Findings, "f", "findings", "list every finding"),

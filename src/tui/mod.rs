@@ -8,10 +8,12 @@ pub mod filter;
 #[cfg(test)]
 mod golden;
 pub mod keymap;
+mod locks;
 pub mod model;
 mod run;
 pub mod sort;
 mod terminal;
+pub mod test_lock;
 pub mod theme;
 pub mod update;
 pub mod view;

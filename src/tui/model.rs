@@ -13,6 +13,7 @@ use jiff::tz::TimeZone;
 use super::clip::Clip;
 use super::filter::Filter;
 use super::sort::{Order, Sort};
+use super::test_lock::{OwnLock, TestLock};
 use crate::linux::descriptors::OpenMode;
 use crate::linux::identity::{FileId, ProcessId};
 use crate::linux::process::ProcessFacts;
@@ -72,6 +73,8 @@ pub enum Overlay {
     Help(usize),
     /// Every finding; the row under the cursor.
     Findings(usize),
+    /// The dialog for a test lock.
+    TestLock(TestLock),
     /// What can be copied, as it was when the list was opened: it must not change under a finger that is about to press.
     Copy {
         /// The things.
@@ -154,6 +157,10 @@ pub struct Model {
     pub events: VecDeque<Change>,
     /// The mouse is listened to.
     pub mouse: bool,
+    /// The test locks that this program holds, oldest first.
+    pub own_locks: Vec<OwnLock>,
+    /// No lock is ever taken.
+    pub read_only: bool,
     /// An answer to the last key.
     pub note: Option<String>,
 }
@@ -190,6 +197,8 @@ impl Model {
             overlay: None,
             events: VecDeque::new(),
             mouse: false,
+            own_locks: Vec::new(),
+            read_only: false,
             note: None,
         }
     }
@@ -210,6 +219,12 @@ impl Model {
     #[must_use]
     pub fn image_at(&self, row: usize) -> Option<&Image> {
         self.images().get(*self.rows.get(row)?)
+    }
+
+    /// The image of that name and file, whether it is shown or not.
+    #[must_use]
+    pub fn image_of(&self, key: &Key) -> Option<&Image> {
+        self.images().iter().find(|i| i.path == key.0 && i.file == key.1)
     }
 
     /// The row of the selected image.

@@ -18,6 +18,7 @@ use nix::unistd::Pid;
 use ratatui::buffer::Buffer;
 use ratatui::layout::Rect;
 
+use super::locks::Locks;
 use super::model::Model;
 use super::terminal::{self, Screen};
 use super::theme::{Look, Theme};
@@ -66,16 +67,20 @@ const GRACE: Duration = Duration::from_millis(700);
 ///
 /// # Errors
 /// [`RunError`].
-pub fn run(options: &Options, look: Look, signals: Signals) -> Result<End, RunError> {
+pub fn run(options: &Options, look: Look, read_only: bool, signals: Signals) -> Result<End, RunError> {
     let mut sampler = Sampler::start(options)?;
     let title = options.paths.iter().map(|p| escape_path(p).into_owned()).collect::<Vec<_>>().join(" ");
+    let mut locks = Locks::new()?;
     let mut screen = Screen::take_over()?;
     let mut model = Model::new(title, options.interval, terminal::size(&screen), Timestamp::now(), TimeZone::system());
     if look.mouse {
         model.mouse = true;
         screen.listen_to_mouse(true)?;
     }
-    let result = turn(&mut model, &Theme::new(look), &mut sampler, &mut screen, signals);
+    model.read_only = read_only;
+    let result = turn(&mut model, &Theme::new(look), &mut sampler, &mut locks, &mut screen, signals);
+    // First the locks, then the terminal: it may be stuck.
+    drop(locks);
     drop(screen);
     result
 }
@@ -107,6 +112,7 @@ fn turn(
     model: &mut Model,
     theme: &Theme,
     sampler: &mut Sampler,
+    locks: &mut Locks,
     screen: &mut Screen,
     mut signals: Signals,
 ) -> Result<End, RunError> {
@@ -123,13 +129,14 @@ fn turn(
                 Err(e) => return Err(e.into()),
             };
         }
-        let (keys, signalled, rung, writable) = {
+        let (keys, signalled, rung, writable, lock_news) = {
             let out = if screen.is_behind() { PollFlags::POLLOUT } else { PollFlags::empty() };
             let mut fds = [
                 PollFd::new(input.as_fd(), PollFlags::POLLIN),
                 PollFd::new(signals.as_fd(), PollFlags::POLLIN),
                 PollFd::new(sampler.bell(), PollFlags::POLLIN),
                 PollFd::new(screen.as_fd(), out),
+                PollFd::new(locks.bell(), PollFlags::POLLIN),
             ];
             match poll(&mut fds, CLOCK) {
                 Ok(_) => {}
@@ -142,7 +149,7 @@ fn turn(
                 return Ok(End::Hangup);
             }
             let ready = |fd: &PollFd| fd.any().unwrap_or_default();
-            (ready(&fds[0]), ready(&fds[1]), ready(&fds[2]), ready(&fds[3]))
+            (ready(&fds[0]), ready(&fds[1]), ready(&fds[2]), ready(&fds[3]), ready(&fds[4]))
         };
         if writable {
             match screen.flush() {
@@ -150,16 +157,16 @@ fn turn(
                 other => other?,
             }
         }
-        let (was_stale, idle) = (model.staleness(), !(keys || signalled || rung));
+        let (was_stale, idle) = (model.staleness(), !(keys || signalled || rung || lock_news));
         update(model, Msg::Clock { now: Timestamp::now(), looked_at: sampler.looked_at() });
         // Time alone changes nothing on the screen, but for what tells of time.
-        stale |= idle && (model.frozen.is_some() || model.staleness() != was_stale);
+        stale |= idle && (model.frozen.is_some() || !model.own_locks.is_empty() || model.staleness() != was_stale);
         let mut messages = Vec::new();
         while let Some(signal) = signalled.then(|| signals.next()).flatten() {
             match signal {
                 Signal::SIGWINCH => messages.push(size_of(screen)),
                 Signal::SIGTSTP => {
-                    suspend(screen, model)?;
+                    suspend(screen, locks, model)?;
                     resumed = true;
                 }
                 // That of our own stop: the terminal has been taken again already.
@@ -192,6 +199,9 @@ fn turn(
                 return Err(RunError::SamplerEnded);
             }
         }
+        if lock_news {
+            messages.extend(locks.take().into_iter().map(Msg::Lock));
+        }
         for message in messages {
             stale = true;
             for effect in update(model, message) {
@@ -200,12 +210,17 @@ fn turn(
                     Effect::LookNow => sampler.look_now(),
                     Effect::Redraw => screen.redraw(),
                     Effect::Suspend => {
-                        suspend(screen, model)?;
+                        suspend(screen, locks, model)?;
                         resumed = true;
                     }
                     Effect::SetInterval(interval) => sampler.set_interval(interval),
                     Effect::Copy(text) => screen.copy(&text)?,
                     Effect::Mouse(on) => screen.listen_to_mouse(on)?,
+                    Effect::CheckLock { key, resolved, accesses } => locks.check(key, resolved, accesses),
+                    Effect::TakeLock { key, resolved, accesses, limit } => {
+                        locks.take_lock(key, resolved, accesses, limit);
+                    }
+                    Effect::ReleaseLock(id) => locks.release(id),
                 }
             }
         }
@@ -220,7 +235,13 @@ fn size_of(screen: &Screen) -> Msg {
 }
 
 /// Gives the terminal to the shell and stops; goes on when the shell has us continue.
-fn suspend(screen: &mut Screen, model: &Model) -> io::Result<()> {
+fn suspend(screen: &mut Screen, locks: &mut Locks, model: &mut Model) -> io::Result<()> {
+    // A program that is stopped keeps no deadline.
+    if !model.own_locks.is_empty() {
+        model.own_locks.clear();
+        model.note = Some("test locks were let go: a stopped program keeps no deadline".to_owned());
+    }
+    locks.release_all();
     terminal::give_back();
     kill(Pid::this(), Signal::SIGSTOP)?;
     screen.take_again(model.mouse)

@@ -38,6 +38,8 @@ pub struct Theme {
     pub selected: Style,
     /// The name of the shown panel.
     pub tab: Style,
+    /// The banner of a test lock that is held.
+    pub own_lock: Style,
     /// The banner of a frozen screen.
     pub frozen: Style,
     /// A rule between panels.
@@ -74,6 +76,7 @@ impl Theme {
             key: bold,
             selected: plain.add_modifier(Modifier::REVERSED),
             tab: bold.add_modifier(Modifier::REVERSED),
+            own_lock: color(bold.add_modifier(Modifier::REVERSED), Color::Yellow),
             frozen: color(bold.add_modifier(Modifier::REVERSED), Color::Blue),
             rule: if look.ascii { "-" } else { "─" },
             cut: if look.ascii { ".." } else { "…" },

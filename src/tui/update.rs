@@ -2,6 +2,7 @@
 //!
 //! Pure: a message and a model in, the model changed and a list of effects out.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,11 +11,13 @@ use jiff::Timestamp;
 
 use super::clip::clips;
 use super::keymap::{self, Action};
-use super::model::{EVENTS_KEPT, Frozen, Model, Overlay, Panel, Table};
+use super::model::{EVENTS_KEPT, Frozen, Key, Model, Overlay, Panel, Table};
+use super::test_lock::{self, LockNews};
 use super::view::{self, Target};
 use crate::monitor::change::{Change, ChangeKind, changes};
 use crate::monitor::sampler::Gap;
 use crate::monitor::snapshot::{Image, Snapshot};
+use crate::protocol::Access;
 
 /// Something that happened.
 #[derive(Clone, Debug)]
@@ -31,6 +34,8 @@ pub enum Msg {
     Snapshot(Arc<Snapshot>),
     /// Something may have been missed, and why.
     Gap(Gap),
+    /// Something became of a test lock.
+    Lock(LockNews),
     /// What time it is, and when it was last looked.
     Clock {
         /// Now.
@@ -57,6 +62,28 @@ pub enum Effect {
     Copy(String),
     /// Listen to the mouse or not.
     Mouse(bool),
+    /// Ask whether a test lock would be granted; lock nothing.
+    CheckLock {
+        /// Of which image.
+        key: Key,
+        /// Its path with every link resolved.
+        resolved: PathBuf,
+        /// What would be taken, step by step.
+        accesses: Vec<Access>,
+    },
+    /// Take a test lock.
+    TakeLock {
+        /// On which image.
+        key: Key,
+        /// Its path with every link resolved.
+        resolved: PathBuf,
+        /// What is to be taken, step by step.
+        accesses: Vec<Access>,
+        /// For how long at most.
+        limit: Duration,
+    },
+    /// Let go of a test lock.
+    ReleaseLock(u64),
 }
 
 const INTERVALS: [u64; 9] = [100, 250, 500, 1_000, 2_000, 5_000, 10_000, 30_000, 60_000];
@@ -67,10 +94,13 @@ pub fn update(model: &mut Model, msg: Msg) -> Vec<Effect> {
     match msg {
         Msg::Key(key) => {
             model.note = None;
+            let control = key.modifiers.contains(KeyModifiers::CONTROL);
             if model.typing {
                 effects.extend(type_key(model, key));
+            } else if matches!(model.overlay, Some(Overlay::TestLock(_))) && !control {
+                effects.extend(test_lock::key(model, key));
             } else {
-                effects.extend(keymap::action(model, key).and_then(|action| act(model, action)));
+                effects.extend(keymap::action(model, key).map(|action| act(model, action)).unwrap_or_default());
             }
         }
         Msg::Paste(text) => {
@@ -87,6 +117,7 @@ pub fn update(model: &mut Model, msg: Msg) -> Vec<Effect> {
         Msg::Size(columns, rows) => model.size = (columns, rows),
         Msg::Snapshot(snapshot) => take_snapshot(model, snapshot),
         Msg::Gap(gap) => remember(model, Change::about(ChangeKind::Gap, model.now, gap.image.as_deref(), gap.text)),
+        Msg::Lock(news) => test_lock::take_news(model, news),
         Msg::Clock { now, looked_at } => (model.now, model.looked_at) = (now, looked_at),
     }
     keep_in_sight(model);
@@ -124,8 +155,18 @@ fn type_key(model: &mut Model, key: KeyEvent) -> Option<Effect> {
     None
 }
 
-fn act(model: &mut Model, action: Action) -> Option<Effect> {
+fn act(model: &mut Model, action: Action) -> Vec<Effect> {
     match action {
+        Action::Release => test_lock::release_one(model),
+        Action::ReleaseAll => test_lock::release_all(model),
+        action => act_at_most_once(model, action).into_iter().collect(),
+    }
+}
+
+fn act_at_most_once(model: &mut Model, action: Action) -> Option<Effect> {
+    match action {
+        Action::TestLock => test_lock::open(model),
+        Action::Release | Action::ReleaseAll => {}
         Action::Quit => return Some(Effect::Quit),
         Action::Look => return Some(Effect::LookNow),
         Action::Redraw => return Some(Effect::Redraw),
@@ -197,6 +238,8 @@ fn go(model: &mut Model, action: Action) {
         Some(Overlay::Help(top)) => *top = to(*top, lowest_help),
         Some(Overlay::Findings(row)) => *row = to(*row, findings),
         Some(Overlay::Copy { clips, row }) => *row = to(*row, clips.len().saturating_sub(1)),
+        // It has keys of its own.
+        Some(Overlay::TestLock(_)) => {}
         None if model.zoomed => model.scroll = to(model.scroll, usize::MAX - page),
         None => move_cursor(model, to),
     }
@@ -254,6 +297,7 @@ fn enter(model: &mut Model) -> Option<Effect> {
             }
         }
         Some(Overlay::Help(_)) => model.overlay = None,
+        Some(Overlay::TestLock(_)) => {}
         None => model.zoomed = !model.zoomed,
     }
     None
@@ -372,7 +416,7 @@ fn point(model: &mut Model, mouse: MouseEvent) -> Option<Effect> {
             let up = mouse.kind == MouseEventKind::ScrollUp;
             let in_panel =
                 matches!(view::target(model, mouse.column, mouse.row), Some(Target::Panel(_) | Target::InPanel));
-            return act(
+            return act_at_most_once(
                 model,
                 match (in_panel, up) {
                     (true, true) => Action::ScrollUp,

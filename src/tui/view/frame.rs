@@ -12,6 +12,7 @@ use crate::text::{counted, cut_middle, escape, escape_path, pad_end, span, to_as
 use crate::tui::keymap::KEYMAP;
 use crate::tui::model::{Overlay, Panel, Table};
 use crate::tui::sort::{Column, Order};
+use crate::tui::test_lock::{Stage, seconds_left};
 
 pub(super) fn title(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect) {
     let Some(snapshot) = &model.snapshot else {
@@ -71,10 +72,28 @@ pub(super) fn title(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rec
 
 /// Whether there is something that must not be overlooked.
 pub(super) fn has_banner(model: &Model) -> bool {
-    model.frozen.is_some() || model.findings().first().is_some_and(|(_, f)| f.severity > Severity::Note)
+    !model.own_locks.is_empty()
+        || model.frozen.is_some()
+        || model.findings().first().is_some_and(|(_, f)| f.severity > Severity::Note)
 }
 
 pub(super) fn banner(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect) {
+    // A lock of our own comes first: it may be what refuses somebody right now.
+    if let Some(first) = model.own_locks.iter().min_by_key(|l| l.until) {
+        let left = span(seconds_left(first, model.now));
+        let what = match model.own_locks.len() {
+            1 => format!("{} on {}", first.access, short_name(model, &first.key.0)),
+            n => format!("{n} locks, the next to end on {}", short_name(model, &first.key.0)),
+        };
+        let end = format!("  ends in {left}{dot}u lets go, U all ", dot = theme.dot);
+        let frozen = if model.frozen.is_some() { "FROZEN, " } else { "" };
+        let room = usize::from(area.width).saturating_sub(width(&end) + width(frozen));
+        let text = format!(" {frozen}TEST LOCK {what}");
+        let text = if theme.ascii { to_ascii(&text).into_owned() } else { text };
+        let text = format!("{}{end}", cut_middle(&text, room, theme.cut));
+        put(buffer, theme, area, 0, &[piece(pad_end(&text, area.width.into()), theme.own_lock)]);
+        return;
+    }
     if let Some(frozen) = &model.frozen {
         let age = span(model.now.duration_since(frozen.since).as_secs().unsigned_abs());
         let missed = counted(frozen.missed, "change", "changes");
@@ -135,6 +154,12 @@ pub(super) fn bar(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect)
     let hint = match &model.overlay {
         Some(Overlay::Help(_)) => Some(" Up Down scroll   Esc or ? goes back"),
         Some(Overlay::Findings(_)) => Some(" Enter goes to the image   Esc goes back"),
+        Some(Overlay::TestLock(d)) => Some(match (d.stage, d.by_bytes) {
+            (Stage::Choose, false) => " Enter goes on   Tab bytes one by one   Esc goes back",
+            (Stage::Choose, true) => " space toggles   Enter goes on   Tab programs   Esc goes back",
+            (Stage::Decide { .. }, _) => " Enter does it   + - longer or shorter   Esc goes back",
+            (Stage::Confirm { .. }, _) => " Enter answers   Esc goes back",
+        }),
         Some(Overlay::Copy { .. }) => Some(" Enter or a number copies   Esc goes back"),
         None if model.zoomed && model.panel == Panel::Events => {
             Some(" what happened to every image   Up Down scroll   Tab next panel   Esc goes back")

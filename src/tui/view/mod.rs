@@ -7,6 +7,7 @@ mod images;
 mod overlay;
 mod panels;
 mod processes;
+mod test_lock;
 mod what_if;
 
 use std::borrow::Cow;

@@ -30,6 +30,7 @@ pub(super) fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect
     match &model.overlay {
         Some(Overlay::Help(top)) => help(theme, buffer, area, *top),
         Some(Overlay::Findings(row)) => findings(model, theme, buffer, area, *row),
+        Some(Overlay::TestLock(dialog)) => super::test_lock::draw(model, dialog, theme, buffer, area),
         Some(Overlay::Copy { clips, row }) => copies(clips, theme, buffer, area, *row),
         None => {}
     }

@@ -17,7 +17,7 @@ use crate::monitor::change::ChangeKind;
 use crate::monitor::finding::Severity;
 use crate::monitor::snapshot::{ByteState, ByteView, Holder, Image, Snapshot, Verdict};
 use crate::monitor::what_if::chain;
-use crate::monitor::wording::{access_text, holders_text, process_name, range_text, role_text};
+use crate::monitor::wording::{access_text, holder_name, holders_text, process_name, range_text, role_text};
 use crate::text::{cut_middle, escape, escape_path, pad_end, size, span, to_ascii, width};
 use crate::tui::model::{Panel, Table};
 use crate::tui::theme::Look;
@@ -213,7 +213,7 @@ fn byte_lines<'a>(model: &Model, image: &Image, byte: &ByteView, theme: &Theme) 
 /// Name, descriptor, age, unit or container, and what is unusual about the lock.
 fn holder_text(model: &Model, holder: &Holder) -> String {
     let process = &holder.process;
-    let mut parts = vec![process_name(process)];
+    let mut parts = vec![holder_name(holder)];
     parts.extend(holder.fd.map(|fd| format!("fd {fd}")));
     parts.extend(age(model, process));
     parts.extend(holder.foreign.map(|range| format!("foreign lock on {}", range_text(range))));
@@ -242,7 +242,7 @@ fn holders<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Lines<'a> {
             None => format!("{} ({}): {}", image.role_of(holder).label(), holder.access, access_text(holder.access)),
         };
         lines.push(vec![
-            piece(format!(" {}", process_name(&holder.process)), theme.title),
+            piece(format!(" {}", holder_name(holder)), theme.title),
             piece(format!("  {what}"), theme.held),
         ]);
         lines.extend(about_process(model, &holder.process, holder.fd, theme));
