@@ -154,13 +154,12 @@ impl HeldAccess {
         if !matches!(status.kind, FileKind::Regular | FileKind::Block) {
             return Err(AcquireError::Open { path, source: OpenError::NotAnImage });
         }
-        let flags = rustix::fs::fcntl_getfl(&file).unwrap_or(rustix::fs::OFlags::RDONLY);
-        if flags & rustix::fs::OFlags::RWMODE == rustix::fs::OFlags::WRONLY {
-            return Err(AcquireError::WriteOnly { path });
-        }
         let mut held = Self { file, path, access: Access::NONE };
-        held.change(access)?;
-        Ok(held)
+        match held.change(access) {
+            // The kernel looks at the mode of the descriptor first.
+            Err(AcquireError::CannotLock { path, errno: Errno::EBADF, .. }) => Err(AcquireError::WriteOnly { path }),
+            other => other.map(|()| held),
+        }
     }
 
     /// Whether `access` would be granted now. Takes no lock: the answer may be out of date when it comes.

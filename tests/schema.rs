@@ -68,3 +68,37 @@ fn a_foreign_lock_and_an_odd_name_are_valid_too() {
     let (snapshot, _) = list(images.dir());
     assert_valid(&jsonschema::validator_for(&schema("snapshot-1.schema.json")).unwrap(), &snapshot);
 }
+
+#[test]
+fn answers_of_why_are_valid_for_programs_and_for_pasted_messages() {
+    if !have(&["qemu-io"]) {
+        return;
+    }
+    let snapshot_schema = schema("snapshot-1.schema.json");
+    let registry = Registry::new().add("urn:qlock-top:snapshot:1", &snapshot_schema).unwrap().prepare().unwrap();
+    let why = jsonschema::options().with_registry(&registry).build(&schema("why-1.schema.json")).unwrap();
+    let images = Images::new();
+    let path = images.raw("a.raw");
+    let holder = holding(&mut qemu_io(&["-f", "raw"], &path), &path, "cw/-");
+    let lines = |mut command: Command, input: &str| -> Vec<Value> {
+        let mut child = Running::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()));
+        support::tell(&mut child, input);
+        drop(child.0.stdin.take());
+        let out = BufReader::new(child.0.stdout.take().unwrap());
+        out.lines().map(|l| serde_json::from_str(&l.unwrap()).unwrap()).collect()
+    };
+    let ask = |arguments: &[&str]| {
+        let mut command = qlock_top();
+        command.args(["why", "--format", "json"]).args(arguments);
+        command
+    };
+    let all = lines(ask(&[path.to_str().unwrap()]), "");
+    assert!(all.len() > 20, "a line for each program");
+    assert!(all.iter().any(|l| l["verdict"] == "refused" && l["holders"][0]["pid"] == holder.pid()));
+    let hint = format!("Failed to get shared \"write\" lock\nIs another process using the image [{}]?", path.display());
+    let pasted = lines(ask(&["-"]), &hint);
+    assert_eq!((pasted[0]["verdict"].as_str(), pasted[0]["byte"].as_u64()), (Some("refused"), Some(101)));
+    let lost = lines(ask(&["-"]), "Failed to lock byte 100: No locks available");
+    assert_eq!((lost.len(), lost[0]["verdict"].as_str()), (1, Some("unknown")));
+    all.iter().chain(&pasted).chain(&lost).for_each(|line| assert_valid(&why, line));
+}
