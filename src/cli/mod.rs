@@ -89,8 +89,8 @@ enum Command {
     /// Take the locks that a program takes, as flock(1) does: while COMMAND runs, or until a signal or the timeout.
     Hold(hold::HoldArgs),
     /// The command of hold, on its way.
-    #[command(hide = true)]
-    HoldCommand(hold::CommandArgs),
+    #[command(hide = true, name = "hold-command")]
+    Become(hold::CommandArgs),
     /// Try it on images of its own with make-believe VMs, in a temporary directory; needs no QEMU and no root.
     Demo {
         /// Make the scene, print its directory, and keep it until standard input ends or a signal comes.
@@ -207,7 +207,7 @@ pub fn run(cli: Cli) -> Result<Exit, Failure> {
         },
         Some(Command::Wait { images, operation, timeout }) => wait::wait(&images, operation, timeout, &common),
         Some(Command::Hold(args)) => hold::hold(&args, &common),
-        Some(Command::HoldCommand(args)) => hold::become_command(&args),
+        Some(Command::Become(args)) => hold::become_command(&args),
         Some(Command::Demo { scene_only: true }) => keep_scene(),
         Some(Command::Demo { scene_only: false }) => {
             let signals = Signals::take_over(&tui::SIGNALS)?;

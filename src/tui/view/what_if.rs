@@ -4,7 +4,7 @@ use super::panels::Lines;
 use super::{Model, Theme, piece};
 use crate::monitor::snapshot::Image;
 use crate::monitor::what_if::{Harm, Outcome, what_if_all, worst_first};
-use crate::monitor::wording::process_name;
+use crate::monitor::wording::holder_name;
 use crate::text::{escape_path, pad_end};
 
 pub(super) fn lines<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Lines<'a> {
@@ -34,7 +34,7 @@ pub(super) fn lines<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Li
                 vec![piece(format!(" {name} "), theme.text), piece(format!("cannot tell: {why}"), theme.warning)]
             }
             Outcome::Refused(refused) => {
-                let mut who: Vec<String> = refused.holders.iter().map(|h| process_name(&h.process)).collect();
+                let mut who: Vec<String> = refused.holders.iter().map(holder_name).collect();
                 who.dedup();
                 let who = if who.is_empty() { "somebody unknown".to_owned() } else { who.join(", ") };
                 let place = if refused.on_image == image.path {
