@@ -87,7 +87,9 @@ impl Config {
         let text =
             std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
         toml::from_str(&text).map_err(|e| {
-            let line = e.span().map(|s| text[..s.start.min(text.len())].lines().count().max(1));
+            let line = e
+                .span()
+                .map(|s| text.as_bytes()[..s.start.min(text.len())].iter().filter(|b| **b == b'\n').count() + 1);
             let at = line.map(|l| format!("line {l}: ")).unwrap_or_default();
             ConfigError::Syntax { path: path.to_owned(), text: format!("{at}{}", escape(e.message())) }
         })

@@ -178,7 +178,7 @@ pub const KEYMAP: &[Binding] = &[
     ),
     plain(&[KeyCode::Char('s')], Action::Sort, "s", "sort", "sort by the next column"),
     plain(&[KeyCode::Char('S')], Action::Reverse, "S", "", "sort the other way round"),
-    plain(&[KeyCode::Char('t')], Action::TestLock, "t", "test lock", "check or take a test lock on the image"),
+    plain(&[KeyCode::Char('t')], Action::TestLock, "t", "test", "check or take a test lock on the image"),
     plain(&[KeyCode::Char('u')], Action::Release, "u", "", "let go of the test lock on the image"),
     plain(&[KeyCode::Char('U')], Action::ReleaseAll, "U", "", "let go of every test lock"),
     plain(&[KeyCode::Char(' ')], Action::Freeze, "space", "freeze", "hold the screen still, or let it go on"),
