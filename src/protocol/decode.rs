@@ -39,7 +39,7 @@ pub fn decode(text: &str) -> Vec<Report> {
     let mut level = without_terminal_codes(text);
     let mut found = reports(&level);
     for _ in 0..DEEPEST {
-        let next = unescape_once(&level);
+        let next = without_terminal_codes(&unescape_once(&level));
         if next == level {
             break;
         }
