@@ -124,7 +124,7 @@ fn wanted(args: &HoldArgs) -> Result<Vec<Wanted>, Failure> {
     let mut wanted = vec![Wanted { path: args.image.clone(), accesses: recipe.accesses() }];
     if !operation.backing.is_empty() {
         let below = chain::files_below(&args.image).into_iter();
-        wanted.extend(below.map(|path| Wanted { path, accesses: vec![operation.backing] }));
+        wanted.extend(below.map(|f| Wanted { path: f.path, accesses: vec![operation.backing.of(f.family)] }));
     }
     wanted.retain(|w| !w.accesses.is_empty());
     if wanted.is_empty() {

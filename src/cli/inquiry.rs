@@ -30,7 +30,7 @@ impl Inquiry {
             )));
         }
         let mut paths = vec![image.to_owned()];
-        paths.extend(chain::files_below(image));
+        paths.extend(chain::files_below(image).into_iter().map(|f| f.path));
         let snapshot = Snapshot::of(&Looker::new(roots, Catalog::new(&paths, false)?, None).look(Scope::Everything));
         let inquiry = Self { snapshot, path: image.to_owned() };
         match inquiry.snapshot.images.iter().any(|i| i.path == inquiry.path) {

@@ -14,7 +14,7 @@ use super::inquiry::{Inquiry, gone, not_for};
 use super::{Common, layout, roots};
 use crate::hold::PATIENCE_STEP;
 use crate::linux::probe::{self, Asker, OpenError};
-use crate::monitor::what_if::{Outcome, WhatIf, what_if};
+use crate::monitor::what_if::{Outcome, WhatIf, chain, what_if};
 use crate::protocol::{Access, HeldByOthers, Judgement, Operation, Recipe, judge};
 use crate::report::why;
 
@@ -22,8 +22,7 @@ use crate::report::why;
 struct Awaited {
     path: PathBuf,
     recipe: &'static Recipe,
-    below: Vec<PathBuf>,
-    takes_below: Access,
+    below: Vec<(PathBuf, Access)>,
 }
 
 pub(super) fn wait(
@@ -104,9 +103,10 @@ impl Awaited {
         let below = if operation.backing.is_empty() {
             Vec::new()
         } else {
-            inquiry.snapshot.images.iter().filter(|i| i.path != image.path).map(|i| i.resolved.clone()).collect()
+            let links = chain(&inquiry.snapshot, image).into_iter().flatten();
+            links.map(|l| (l.image.resolved.clone(), operation.backing.of(l.family))).collect()
         };
-        Ok(Self { path: image.path.clone(), recipe, below, takes_below: operation.backing })
+        Ok(Self { path: image.path.clone(), recipe, below })
     }
 
     fn passes(&self) -> Result<bool, Trouble> {
@@ -114,10 +114,10 @@ impl Awaited {
         if !matches!(judge(self.recipe, held(&resolved)?), Judgement::Granted) {
             return Ok(false);
         }
-        for path in &self.below {
+        for (path, access) in &self.below {
             let others = held(path)?;
-            let write_locked = self.takes_below.bytes().any(|b| others.write_locked.contains(b));
-            if write_locked || self.takes_below.first_conflict(others.locked).is_some() {
+            let write_locked = access.bytes().any(|b| others.write_locked.contains(b));
+            if write_locked || access.first_conflict(others.locked).is_some() {
                 return Ok(false);
             }
         }

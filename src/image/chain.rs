@@ -12,28 +12,42 @@ use std::path::{Path, PathBuf};
 use super::header::{self, Header};
 use crate::linux::identity::FileStatus;
 use crate::linux::probe;
+use crate::protocol::Family;
 
 /// QEMU opens each file of a chain, and nobody's chain is this deep.
 const DEEPEST: usize = 200;
 
-/// The files below `image`, nearest first, links resolved.
+/// A file below an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileBelow {
+    /// Where it is, links resolved.
+    pub path: PathBuf,
+    /// How QEMU treats it there.
+    pub family: Family,
+}
+
+/// The files below `image`, nearest first.
 #[must_use]
-pub fn files_below(image: &Path) -> Vec<PathBuf> {
+pub fn files_below(image: &Path) -> Vec<FileBelow> {
     let mut files = Vec::new();
     let mut seen = HashSet::new();
-    let mut next = image.canonicalize().ok();
-    while let Some((path, (status, header))) = next.take().and_then(|p| read(&p).map(|found| (p, found))) {
+    let Some(mut top) = image.canonicalize().ok() else { return files };
+    let Some((status, mut header)) = read(&top) else { return files };
+    seen.insert(status.id);
+    while files.len() < DEEPEST {
+        let below = header.backing_file.as_ref().and_then(|name| header::backing_path(&top, name));
+        let Some(path) = below.and_then(|p| p.canonicalize().ok()) else { break };
+        let Some((status, its_header)) = read(&path) else { break };
         if !seen.insert(status.id) {
             break;
         }
-        if files.len() < DEEPEST {
-            let below = header.backing_file.as_ref().and_then(|name| header::backing_path(&path, name));
-            next = below.and_then(|p| p.canonicalize().ok());
+        let family = header::family_of_backing(header.backing_format.as_deref(), Some(its_header.format));
+        files.push(FileBelow { path: path.clone(), family });
+        if family == Family::Raw {
+            // Whatever it looks like: what is opened as raw has nothing below it.
+            break;
         }
-        files.push(path);
-    }
-    if !files.is_empty() {
-        files.remove(0);
+        (top, header) = (path, its_header);
     }
     files
 }
@@ -62,6 +76,10 @@ mod tests {
         std::fs::write(path, image).unwrap();
     }
 
+    fn paths_below(image: &Path) -> Vec<PathBuf> {
+        files_below(image).into_iter().map(|f| f.path).collect()
+    }
+
     #[test]
     fn a_chain_is_followed_to_its_end_and_a_circle_only_once_round() {
         let dir = tempfile::tempdir().unwrap();
@@ -69,11 +87,12 @@ mod tests {
         qcow2(&path("top"), "middle");
         qcow2(&path("middle"), path("base").to_str().unwrap());
         std::fs::write(path("base"), "raw").unwrap();
-        assert_eq!(files_below(&path("top")), [path("middle"), path("base")]);
+        assert_eq!(paths_below(&path("top")), [path("middle"), path("base")]);
+        assert_eq!(files_below(&path("top"))[1].family, Family::Raw);
         qcow2(&path("base"), "top");
-        assert_eq!(files_below(&path("top")), [path("middle"), path("base")]);
+        assert_eq!(paths_below(&path("top")), [path("middle"), path("base")]);
         std::fs::remove_file(path("base")).unwrap();
-        assert_eq!(files_below(&path("top")), [path("middle")]);
+        assert_eq!(paths_below(&path("top")), [path("middle")]);
     }
 
     #[test]
@@ -82,8 +101,8 @@ mod tests {
         let top = dir.path().join("top");
         for name in ["/dev/zero", "/proc", "nbd://host/x", "json:{}", "missing"] {
             qcow2(&top, name);
-            assert_eq!(files_below(&top), Vec::<PathBuf>::new(), "{name}");
+            assert_eq!(files_below(&top), [], "{name}");
         }
-        assert_eq!(files_below(Path::new("/nowhere")), Vec::<PathBuf>::new());
+        assert_eq!(files_below(Path::new("/nowhere")), []);
     }
 }

@@ -77,9 +77,21 @@ pub struct Header {
     /// The backing file as it stands in the header: a path relative to the image, or one of QEMU's URLs. Written by
     /// whoever wrote the image; bytes that are no UTF-8 are replaced.
     pub backing_file: Option<String>,
+    /// The format of the backing file, as `-F` recorded it; then QEMU does not look at the file itself for it.
+    pub backing_format: Option<String>,
     /// Part of the image lies in other files, which QEMU opens and locks too: a qcow2 with a `data_file`, a vmdk made of
     /// extents. They are not followed here.
     pub data_elsewhere: bool,
+}
+
+/// How QEMU treats a backing file: as the format that the header above it names, or else by the content.
+#[must_use]
+pub fn family_of_backing(declared: Option<&str>, content: Option<Format>) -> Family {
+    match declared {
+        Some("raw" | "luks" | "file" | "host_device") => Family::Raw,
+        Some(_) => Family::Qcow2,
+        None => content.map_or(Family::Qcow2, Format::family),
+    }
 }
 
 /// The path that a backing file name leads to: beside the image unless it is absolute. `None` for what is no path but one
@@ -149,7 +161,7 @@ type NamePlace = (u64, usize);
 pub fn parse(head: &[u8], length: u64) -> (Header, Option<NamePlace>) {
     let starts = |magic: &[u8]| head.starts_with(magic);
     let mut data_elsewhere = false;
-    let mut backing_file = None;
+    let (mut backing_file, mut backing_format) = (None, None);
     let (format, virtual_size, backing) = if starts(b"QFI\xfb") {
         let format = match be32(head, 4) {
             Some(2 | 3) => Format::Qcow2,
@@ -160,9 +172,13 @@ pub fn parse(head: &[u8], length: u64) -> (Header, Option<NamePlace>) {
         let place = name_place(be64(head, 8), be32(head, 16), length);
         // QCOW2_INCOMPAT_DATA_FILE; version 2 has no features.
         data_elsewhere = be32(head, 4) != Some(2) && be64(head, 72).is_some_and(|features| features & 4 != 0);
+        backing_format = qcow2_backing_format(head);
         (format, be64(head, 24), place)
     } else if starts(b"QED\0") {
-        let has_backing = le64(head, 16).is_some_and(|features| features & 1 != 0);
+        let has = |feature| le64(head, 16).is_some_and(|features| features & feature != 0);
+        let has_backing = has(1);
+        // QED_F_BACKING_FORMAT_NO_PROBE
+        backing_format = has(4).then(|| "raw".to_owned());
         let offset = le32(head, 56).map(u64::from);
         let place = has_backing.then(|| name_place(offset, le32(head, 60), length)).flatten();
         (Format::Qed, le64(head, 48), place)
@@ -186,7 +202,25 @@ pub fn parse(head: &[u8], length: u64) -> (Header, Option<NamePlace>) {
     } else {
         (Format::Raw, Some(length), None)
     };
-    (Header { format, virtual_size, backing_file, data_elsewhere }, backing)
+    (Header { format, virtual_size, backing_file, backing_format, data_elsewhere }, backing)
+}
+
+/// The header extension that names the format of the backing file (`qcow2_read_extensions` in block/qcow2.c).
+fn qcow2_backing_format(head: &[u8]) -> Option<String> {
+    const BACKING_FORMAT: u32 = 0xe279_2aca;
+    // Version 2 has no length of its own.
+    let mut at = if be32(head, 4) == Some(2) { 72 } else { usize::try_from(be32(head, 100)?).ok()? };
+    loop {
+        let length = usize::try_from(be32(head, at.checked_add(4)?)?).ok()?;
+        match be32(head, at)? {
+            0 => return None,
+            BACKING_FORMAT => {
+                let name = head.get(at + 8..(at + 8).checked_add(length.min(15))?)?;
+                return Some(String::from_utf8_lossy(name).into_owned());
+            }
+            _ => at = (at + 8).checked_add(length.checked_next_multiple_of(8)?)?,
+        }
+    }
 }
 
 fn vmdk_parent(head: &[u8]) -> Option<String> {
@@ -253,6 +287,24 @@ mod tests {
         assert_eq!(header.virtual_size, Some(10 << 30));
         assert_eq!(header.backing_file.as_deref(), Some("base.qcow2"));
         assert_eq!(read_bytes(&qcow2(2, 1, "", 0)).backing_file, None);
+    }
+
+    #[test]
+    fn the_format_of_a_backing_file_is_what_the_header_above_it_says() {
+        let mut image = qcow2(3, 1, "base", 512);
+        image[100..104].copy_from_slice(&104u32.to_be_bytes());
+        assert_eq!(read_bytes(&image).backing_format, None);
+        image[104..112].copy_from_slice(&[0x68, 3, 0xf8, 0x57, 0, 0, 0, 3]);
+        image[120..131].copy_from_slice(b"\xe2\x79\x2a\xca\0\0\0\x03raw");
+        assert_eq!(read_bytes(&image).backing_format.as_deref(), Some("raw"));
+        assert_eq!(family_of_backing(Some("raw"), Some(Format::Qcow2)), Family::Raw);
+        assert_eq!(family_of_backing(Some("qcow2"), Some(Format::Raw)), Family::Qcow2);
+        assert_eq!(family_of_backing(None, Some(Format::Luks)), Family::Raw);
+        // Extensions that lead out of the header, or round and round, have an end.
+        for length in [u32::MAX, u32::MAX - 7, 0xffff_fff8, 1 << 20] {
+            image[108..112].copy_from_slice(&length.to_be_bytes());
+            assert_eq!(read_bytes(&image).backing_format, None);
+        }
     }
 
     #[test]

@@ -63,6 +63,7 @@ pub(crate) fn image(name: &str, locked: &str) -> ImageSample {
             format: Format::Qcow2,
             virtual_size: Some(1 << 30),
             backing_file: None,
+            backing_format: None,
             data_elsewhere: false,
         }),
         mount: Some(mount("ext4", Reach::Local)),

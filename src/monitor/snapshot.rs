@@ -170,6 +170,8 @@ pub struct Image {
     pub backing_file: Option<String>,
     /// Where that is, if its name is a path.
     pub backing: Option<Backing>,
+    /// The format that the header names for it.
+    pub backing_format: Option<String>,
     /// Part of it lies in other files that are not followed, such as a qcow2's `data_file`.
     pub data_elsewhere: bool,
     /// Where it lies.

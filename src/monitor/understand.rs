@@ -28,6 +28,7 @@ pub(super) fn understand(image: &ImageSample, sample: &Sample) -> Image {
         file_size: image.file_size,
         backing_file: header.and_then(|h| h.backing_file.clone()),
         backing: image.backing.clone(),
+        backing_format: header.and_then(|h| h.backing_format.clone()),
         data_elsewhere: header.is_some_and(|h| h.data_elsewhere),
         filesystem: Filesystem {
             kind: mount.map(|m| m.kind.clone()).unwrap_or_default(),

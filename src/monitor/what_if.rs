@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 
 use super::snapshot::{ByteState, Holder, Image, Snapshot};
+use crate::image::header::family_of_backing;
 use crate::linux::descriptors::OpenMode;
 use crate::protocol::{
     Access, Family, HeldByOthers, Judgement, LockByte, Operation, Permission, PermissionSet, Sentence, judge,
@@ -148,12 +149,22 @@ fn first_refusal(access: Access, others: HeldByOthers) -> Option<(LockByte, Sent
 pub fn shared_reader_passes(snapshot: &Snapshot, image: &Image) -> bool {
     let reader = Access::new(PermissionSet::NONE.with(Permission::ConsistentRead), PermissionSet::NONE);
     let passes = |i: &Image| unknown(i).is_none() && first_refusal(reader, held_by_others(i)).is_none();
-    passes(image) && chain(snapshot, image).into_iter().all(|link| link.is_ok_and(passes))
+    passes(image) && chain(snapshot, image).into_iter().all(|link| link.is_ok_and(|l| passes(l.image)))
+}
+
+/// One file of a backing chain.
+#[derive(Clone, Copy, Debug)]
+pub struct Link<'a> {
+    /// Which.
+    pub image: &'a Image,
+    /// How QEMU treats it there.
+    pub family: Family,
 }
 
 /// The files below the image, nearest first; `Err` with the reason where the chain cannot be followed.
-pub fn chain<'a>(snapshot: &'a Snapshot, image: &'a Image) -> Vec<Result<&'a Image, String>> {
-    let mut chain: Vec<Result<&Image, String>> = Vec::new();
+#[must_use]
+pub fn chain<'a>(snapshot: &'a Snapshot, image: &'a Image) -> Vec<Result<Link<'a>, String>> {
+    let mut chain = Vec::new();
     let mut seen = vec![image.file];
     let mut top = image;
     while let Some(name) = &top.backing_file {
@@ -174,7 +185,12 @@ pub fn chain<'a>(snapshot: &'a Snapshot, image: &'a Image) -> Vec<Result<&'a Ima
         let by_path = snapshot.images.iter().find(|i| i.file == file && i.resolved == backing.path);
         match by_path.or_else(|| snapshot.images.iter().find(|i| i.file == file)) {
             Some(image) => {
-                chain.push(Ok(image));
+                let family = family_of_backing(top.backing_format.as_deref(), image.format);
+                chain.push(Ok(Link { image, family }));
+                if family == Family::Raw {
+                    // Whatever it looks like: what is opened as raw has nothing below it.
+                    break;
+                }
                 top = image;
             }
             None => {
@@ -191,14 +207,14 @@ fn below(snapshot: &Snapshot, image: &Image, operation: &Operation) -> Outcome {
         return Outcome::Granted;
     }
     for link in chain(snapshot, image) {
-        let backing = match link {
-            Ok(backing) => backing,
+        let (backing, access) = match link {
+            Ok(link) => (link.image, operation.backing.of(link.family)),
             Err(why) => return Outcome::Unknown(format!("backing file {why}")),
         };
         if let Some(why) = unknown(backing) {
             return Outcome::Unknown(why);
         }
-        if let Some((byte, sentence)) = first_refusal(operation.backing, held_by_others(backing)) {
+        if let Some((byte, sentence)) = first_refusal(access, held_by_others(backing)) {
             return Outcome::Refused(Refused {
                 byte,
                 on_image: backing.path.clone(),

@@ -13,6 +13,6 @@ mod role;
 pub use access::{Access, AccessSyntaxError, HeldByOthers};
 pub use decode::{Report, decode};
 pub use message::{Message, Sentence};
-pub use operation::{Family, Judgement, Operation, Recipe, Refusal, Step, judge};
+pub use operation::{Below, Family, Judgement, Operation, Recipe, Refusal, Step, judge};
 pub use permission::{LockByte, Permission, PermissionSet, Side};
 pub use role::Role;

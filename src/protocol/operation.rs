@@ -80,13 +80,42 @@ pub enum Family {
     Qcow2,
 }
 
+/// What a program takes of each file in the backing chain below its image: nothing where it does not open them.
+///
+/// A file that is formatted is locked by its format, which never lets others write; a raw one only as far as whoever uses
+/// the image denies writing (`bdrv_default_perms_for_cow` in block.c).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Below {
+    /// Of a raw file.
+    pub raw: Access,
+    /// Of one that is formatted.
+    pub qcow2: Access,
+}
+
+impl Below {
+    /// What it takes of a file of `family`.
+    #[must_use]
+    pub const fn of(self, family: Family) -> Access {
+        match family {
+            Family::Raw => self.raw,
+            Family::Qcow2 => self.qcow2,
+        }
+    }
+
+    /// Whether the files below are not opened at all.
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.raw.is_empty() && self.qcow2.is_empty()
+    }
+}
+
 /// A thing that a QEMU program does with an image; `why --as` and `hold --as` take its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Operation {
     /// The name, such as `convert-source` or `vm-read-only`.
     pub name: &'static str,
-    /// What it takes of each file in the backing chain below the image, raw or not; nothing where it does not open them.
-    pub backing: Access,
+    /// What it takes of each file in the backing chain below the image.
+    pub backing: Below,
     /// What it asks of a raw image; `None` where the program does not exist for raw or was not measured.
     pub raw: Option<Recipe>,
     /// What it asks of a qcow2 image.

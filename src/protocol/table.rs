@@ -4,7 +4,7 @@
 //! unchanged, r resize. Measured with QEMU 10.0.2 on Linux 6.18, one run an entry; 7.2 agrees on every steady state.
 //! `tests/protocol.rs` compares it with the recorded measurement and with what real programs were told.
 
-use super::{Operation, Recipe, Step};
+use super::{Below, Operation, Recipe, Step};
 use crate::protocol::access::Access;
 use crate::protocol::permission::{LockByte, Permission};
 
@@ -42,10 +42,18 @@ const fn access(text: &str) -> Access {
     access
 }
 
-/// What a program takes of each file below the image in the backing chain; measured on an overlay, for every operation.
-const NONE: Access = Access::NONE;
-const READ: Access = access("c/wr");
-const READ_SHARED: Access = access("c/-");
+/// What a program takes of each file below the image; measured on overlays of qcow2 and of raw, for every operation.
+const NONE: Below = below("-/-", "-/-");
+/// It lets others write the image, or says nothing about it: the tools, `share-rw`.
+const READ: Below = below("c/-", "c/wr");
+/// It denies writing, and so do raw files below: VMs, and `convert`.
+const READ_ALONE: Below = below("c/wr", "c/wr");
+/// `-U` and `force-share`.
+const READ_SHARED: Below = below("c/-", "c/-");
+
+const fn below(raw: &str, qcow2: &str) -> Below {
+    Below { raw: access(raw), qcow2: access(qcow2) }
+}
 
 pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
@@ -167,7 +175,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "convert-source",
-        backing: READ,
+        backing: READ_ALONE,
         raw: Some(Recipe::new(
             "qemu-img convert -f raw -O raw a.raw out.raw",
             &[step("c/wr", "c/wr", "-/-"), step("-/-", "-/-", "c/wr")],
@@ -253,7 +261,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "dd-source",
-        backing: READ,
+        backing: READ_ALONE,
         raw: Some(Recipe::new(
             "qemu-img dd -f raw -O raw if=a.raw of=out.raw bs=1M",
             &[step("c/-", "c/-", "-/-"), step("-/-", "-/-", "c/-")],
@@ -445,7 +453,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "vm",
-        backing: READ,
+        backing: READ_ALONE,
         raw: Some(Recipe::new(
             "-drive if=virtio,file=a.raw,format=raw",
             &[
@@ -462,7 +470,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "vm-as-backing",
-        backing: READ,
+        backing: READ_ALONE,
         raw: Some(Recipe::new(
             "-drive if=virtio,file=or2.qcow2,format=qcow2",
             &[step("c/-", "c/-", "-/-"), step("-/wr", "c/wr", "-/-"), step("-/-", "-/-", "c/wr")],
@@ -474,13 +482,13 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "vm-blockdev",
-        backing: READ,
+        backing: READ_ALONE,
         raw: Some(Recipe::new("-blockdev file,node-name=f,filename=a.raw", &[])),
         qcow2: None,
     },
     Operation {
         name: "vm-cdrom",
-        backing: READ,
+        backing: READ_ALONE,
         raw: Some(Recipe::new(
             "-drive if=ide,media=cdrom,file=a.raw,format=raw",
             &[step("c/-", "c/-", "-/-"), step("-/wr", "c/wr", "c/wr")],
@@ -504,13 +512,13 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "vm-locking-off",
-        backing: READ,
+        backing: READ_ALONE,
         raw: Some(Recipe::new("-drive if=virtio,file=a.raw,format=raw,file.locking=off", &[])),
         qcow2: Some(Recipe::new("-drive if=virtio,file=a.qcow2,format=qcow2,file.locking=off", &[])),
     },
     Operation {
         name: "vm-nvme",
-        backing: READ,
+        backing: READ_ALONE,
         raw: Some(Recipe::new(
             "-drive if=none,id=d,file=a.raw,format=raw -device nvme,drive=d,serial=x",
             &[
@@ -524,7 +532,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "vm-read-only",
-        backing: READ,
+        backing: READ_ALONE,
         raw: Some(Recipe::new(
             "-drive if=virtio,file=a.raw,format=raw,readonly=on",
             &[step("c/-", "c/-", "-/-"), step("-/w", "c/w", "-/-"), step("-/-", "-/-", "c/w")],
@@ -553,7 +561,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "vm-snapshot",
-        backing: READ,
+        backing: READ_ALONE,
         raw: Some(Recipe::new(
             "-snapshot -drive if=virtio,file=a.raw,format=raw",
             &[step("c/-", "c/-", "-/-"), step("-/wr", "c/wr", "-/-"), step("-/-", "-/-", "c/wr")],

@@ -30,7 +30,13 @@ use crate::monitor::sampler::Gap;
 use crate::monitor::snapshot::Snapshot;
 
 fn header(format: Format, gib: u64) -> Option<Header> {
-    Some(Header { format, virtual_size: Some(gib << 30), backing_file: None, data_elsewhere: false })
+    Some(Header {
+        format,
+        virtual_size: Some(gib << 30),
+        backing_file: None,
+        backing_format: None,
+        data_elsewhere: false,
+    })
 }
 
 fn libvirt(pid: i32, vm: &str) -> ProcessFacts {

@@ -317,12 +317,12 @@ fn chain_lines<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Lines<'
         piece(format!("   {}", state(image)), theme.text),
     ]);
     let below = chain(snapshot, image);
-    for (depth, link) in below.iter().enumerate() {
+    for (depth, below) in below.iter().enumerate() {
         let depth = depth + 1;
-        lines.push(match link {
-            Ok(base) => vec![
-                piece(format!("  -{depth} {} {}", theme.below, short_path(model, base)), theme.text),
-                piece(format!("   {}", state(base)), theme.dim),
+        lines.push(match below {
+            Ok(link) => vec![
+                piece(format!("  -{depth} {} {}", theme.below, short_path(model, link.image)), theme.text),
+                piece(format!("   {}", state(link.image)), theme.dim),
             ],
             Err(why) => vec![piece(format!("  -{depth} {} {why}", theme.below), theme.warning)],
         });
