@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use qlock::hold::HeldAccess;
-use qlock::image::catalog::Catalog;
 use qlock::linux::Roots;
 use qlock::monitor::look::{Looker, Scope};
 use qlock::monitor::sampler::{Options, Sampler};
@@ -39,8 +38,7 @@ fn no_snapshot_shows_a_held_byte_as_free_while_others_lock_at_full_speed() {
             });
         }
         let result = std::panic::catch_unwind(|| {
-            let catalog = Catalog::new(&[images.dir().to_owned()], false).unwrap();
-            let mut looker = Looker::new(Roots::host(), catalog, None);
+            let mut looker = Looker::new(Roots::host(), &[images.dir().to_owned()], false, None).unwrap();
             let mut looks = 0;
             while cycles.load(Ordering::Relaxed) < CYCLES || looks < LOOKS {
                 let snapshot = Snapshot::of(&looker.look(Scope::Everything));

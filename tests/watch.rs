@@ -271,7 +271,7 @@ fn two_watchers_do_not_wake_each_other_for_ever() {
     }
     let opens = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let count = std::sync::Arc::clone(&opens);
-    let mut third = ImageWatch::new(move || {
+    let third = ImageWatch::new(move || {
         count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
     })
     .unwrap();

@@ -8,7 +8,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::exit::{Exit, Failure};
 use super::{Common, ListFormat, Paths, WatchFormat, Watched, layout, options, or_default, roots};
 use crate::demo;
-use crate::image::catalog::Catalog;
 use crate::monitor::look::{Looker, Scope};
 use crate::monitor::sampler::Sampler;
 use crate::monitor::snapshot::Snapshot;
@@ -25,8 +24,8 @@ pub(super) fn unless_closed(result: io::Result<()>) -> Result<(), Failure> {
 }
 
 pub(super) fn list(paths: Paths, format: ListFormat, common: &Common) -> Result<Exit, Failure> {
-    let catalog = Catalog::new(&or_default(paths.paths)?, paths.recursive)?;
-    let sample = Looker::new(roots(common), catalog, None).look(Scope::Everything);
+    let mut looker = Looker::new(roots(common), &or_default(paths.paths)?, paths.recursive, None)?;
+    let sample = looker.look(Scope::Everything);
     let snapshot = Snapshot::of(&sample);
     let mut out = io::BufWriter::new(io::stdout().lock());
     let written = match format {

@@ -5,7 +5,6 @@
 use std::path::{Path, PathBuf};
 
 use super::exit::{Exit, Failure};
-use crate::image::catalog::Catalog;
 use crate::image::chain;
 use crate::linux::Roots;
 use crate::linux::identity::{FileKind, status};
@@ -31,7 +30,7 @@ impl Inquiry {
         }
         let mut paths = vec![image.to_owned()];
         paths.extend(chain::files_below(image).into_iter().map(|f| f.path));
-        let snapshot = Snapshot::of(&Looker::new(roots, Catalog::new(&paths, false)?, None).look(Scope::Everything));
+        let snapshot = Snapshot::of(&Looker::new(roots, &paths, false, None)?.look(Scope::Everything));
         let inquiry = Self { snapshot, path: image.to_owned() };
         match inquiry.snapshot.images.iter().any(|i| i.path == inquiry.path) {
             true => Ok(inquiry),

@@ -3,13 +3,16 @@
 //! Directories (with or without what is below them), single image files and block devices, as the operator named them.
 //! The list is kept by asking each directory for its modification time, which costs one call and works on every file
 //! system; `watch` only makes that happen sooner. FIFOs, sockets and character devices are never listed and never opened.
+//! What does not answer keeps the list that it had.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
 
+use super::directory::{Directory, Seen, look, same_files};
 use crate::linux::identity::{FileId, FileKind, FileStatus, status};
+use crate::linux::storage::{Lane, Storage};
 use crate::text::escape_path;
 
 /// A file that is watched.
@@ -42,64 +45,94 @@ pub enum CatalogError {
     },
 }
 
-struct Directory {
-    shown: PathBuf,
-    id: FileId,
-    modified: (i64, u32),
-    listed_at: SystemTime,
-    images: Vec<Entry>,
-    /// Names of symbolic links, broken ones too: what they lead to may change without a change here.
-    links: Vec<PathBuf>,
-    /// What the links lead to now.
-    linked: Vec<Entry>,
-    below: Vec<PathBuf>,
+/// What a path of the operator's leads to.
+#[derive(Clone, Debug)]
+enum Found {
+    /// With its path without links.
+    Directory(PathBuf),
+    File(Arc<Entry>),
+}
+
+#[derive(Debug)]
+enum NotFound {
+    Special,
+    Errno(rustix::io::Errno),
 }
 
 /// The list of what is watched.
+#[derive(Debug)]
 pub struct Catalog {
     given: Vec<PathBuf>,
     recursive: bool,
+    /// What each of `given` led to when it last answered.
+    found: HashMap<PathBuf, Found>,
     /// By resolved path, so that a directory that is reached twice is listed once.
-    directories: BTreeMap<PathBuf, Directory>,
-    files: Vec<Entry>,
+    directories: BTreeMap<PathBuf, Arc<Directory>>,
+    /// What the links in each directory led to when that was last answered.
+    linked: BTreeMap<PathBuf, Vec<Arc<Entry>>>,
+    files: Vec<Arc<Entry>>,
     troubles: Vec<String>,
 }
 
-/// A change within this time before a listing may have come after it, unnoticed: file systems keep times in steps of
-/// up to two seconds.
-const CLOCK_STEP: Duration = Duration::from_secs(2);
+/// With more paths than this, those in one directory share a thread.
+const THREADS_FOR_PATHS: usize = 16;
+
+fn find(path: &Path) -> Result<Found, NotFound> {
+    let found = status(path).map_err(NotFound::Errno)?;
+    if found.kind == FileKind::Special {
+        return Err(NotFound::Special);
+    }
+    let errno = |e: io::Error| NotFound::Errno(rustix::io::Errno::from_io_error(&e).unwrap_or(rustix::io::Errno::IO));
+    let resolved = path.canonicalize().map_err(errno)?;
+    if found.kind == FileKind::Directory {
+        return Ok(Found::Directory(resolved));
+    }
+    Ok(Found::File(Arc::new(Entry { path: path.to_owned(), resolved, status: found })))
+}
+
+fn no_answer(path: &Path) -> String {
+    format!("{}: the storage does not answer: what is listed there may be out of date", escape_path(path))
+}
 
 impl Catalog {
-    /// Lists `given` for the first time.
+    /// Lists `given` for the first time. A path that does not answer is told in [`Catalog::troubles`].
     ///
     /// # Errors
     /// When a path leads nowhere or to something that is no image.
-    pub fn new(given: &[PathBuf], recursive: bool) -> Result<Self, CatalogError> {
-        for path in given {
-            let kind = status(path).map_err(|e| match e {
-                rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR => CatalogError::NoSuchPath(path.clone()),
-                e => CatalogError::Unreachable { path: path.clone(), source: e.into() },
-            })?;
-            if kind.kind == FileKind::Special {
-                return Err(CatalogError::NotAnImage(path.clone()));
-            }
-        }
+    pub fn new(given: &[PathBuf], recursive: bool, storage: &mut Storage) -> Result<Self, CatalogError> {
         let mut catalog = Self {
             given: given.to_vec(),
             recursive,
+            found: HashMap::new(),
             directories: BTreeMap::new(),
+            linked: BTreeMap::new(),
             files: Vec::new(),
             troubles: Vec::new(),
         };
-        catalog.refresh();
+        let answers = catalog.ask_given(storage);
+        for (path, answer) in given.iter().zip(&answers) {
+            let path = || path.clone();
+            match answer {
+                Ok(Err(NotFound::Errno(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR))) => {
+                    return Err(CatalogError::NoSuchPath(path()));
+                }
+                Ok(Err(NotFound::Errno(e))) => {
+                    return Err(CatalogError::Unreachable { path: path(), source: (*e).into() });
+                }
+                Ok(Err(NotFound::Special)) => return Err(CatalogError::NotAnImage(path())),
+                Ok(Ok(_)) | Err(()) => {}
+            }
+        }
+        catalog.take(answers, storage);
         Ok(catalog)
     }
 
     /// Each watched file, in the order of the paths as shown.
     #[must_use]
-    pub fn images(&self) -> Vec<&Entry> {
-        let mut all: Vec<&Entry> =
-            self.files.iter().chain(self.directories.values().flat_map(|d| d.images.iter().chain(&d.linked))).collect();
+    pub fn images(&self) -> Vec<Arc<Entry>> {
+        let listed = self.directories.values().flat_map(|d| &d.images);
+        let mut all: Vec<Arc<Entry>> =
+            self.files.iter().chain(listed).chain(self.linked.values().flatten()).map(Arc::clone).collect();
         all.sort_by(|a, b| a.path.cmp(&b.path));
         all.dedup_by(|a, b| a.path == b.path);
         all
@@ -110,7 +143,7 @@ impl Catalog {
     #[must_use]
     pub fn watch_points(&self) -> BTreeMap<PathBuf, bool> {
         let mut points: BTreeMap<PathBuf, bool> = self.directories.keys().map(|d| (d.clone(), true)).collect();
-        for entry in self.images() {
+        for entry in self.files.iter().chain(self.linked.values().flatten()) {
             if entry.resolved.parent().is_none_or(|p| !self.directories.contains_key(p)) {
                 points.insert(entry.resolved.clone(), false);
             }
@@ -122,7 +155,8 @@ impl Catalog {
     /// inotify watch.
     #[must_use]
     pub fn watch_ids(&self) -> BTreeMap<PathBuf, FileId> {
-        let files = self.images().into_iter().map(|e| (e.resolved.clone(), e.status.id));
+        let single = self.files.iter().chain(self.linked.values().flatten());
+        let files = single.map(|e| (e.resolved.clone(), e.status.id));
         files.chain(self.directories.iter().map(|(path, d)| (path.clone(), d.id))).collect()
     }
 
@@ -142,158 +176,126 @@ impl Catalog {
     ///
     /// Nothing here fails: a directory that cannot be read now is told in [`Catalog::troubles`] and asked again next
     /// time.
-    pub fn refresh(&mut self) -> bool {
-        let before = std::mem::take(&mut self.directories);
+    pub fn refresh(&mut self, storage: &mut Storage) -> bool {
+        let answers = self.ask_given(storage);
+        self.take(answers, storage)
+    }
+
+    fn ask_given(&self, storage: &mut Storage) -> Vec<Result<Result<Found, NotFound>, ()>> {
+        let few = self.given.len() <= THREADS_FOR_PATHS;
+        let lane = |path: &Path| Lane::Given(if few { path } else { path.parent().unwrap_or(path) }.to_owned());
+        let questions = self.given.iter().map(|path| (lane(path), path.clone()));
+        storage.answers(questions, |path: PathBuf| find(&path)).into_iter().map(|a| a.map_err(drop)).collect()
+    }
+
+    fn take(&mut self, answers: Vec<Result<Result<Found, NotFound>, ()>>, storage: &mut Storage) -> bool {
         let (files, troubles) = (std::mem::take(&mut self.files), std::mem::take(&mut self.troubles));
-        let mut changed = false;
-        let mut old = before;
-        for path in self.given.clone() {
-            match status(&path) {
-                Ok(found) if found.kind == FileKind::Directory => match path.canonicalize() {
-                    Ok(resolved) => self.take_directory(&path, resolved, &mut old, &mut changed),
-                    Err(e) => self.troubles.push(format!("{}: {e}", escape_path(&path))),
-                },
-                Ok(found) if found.kind == FileKind::Special => {
-                    self.troubles.push(format!("{}: is no longer an image", escape_path(&path)));
+        let mut directories = Vec::new();
+        for (path, answer) in self.given.clone().into_iter().zip(answers) {
+            let found = match answer {
+                Ok(Ok(found)) => {
+                    self.found.insert(path.clone(), found.clone());
+                    Some(found)
                 }
-                Ok(found) => match path.canonicalize() {
-                    Ok(resolved) => self.files.push(Entry { path, resolved, status: found }),
-                    Err(e) => self.troubles.push(format!("{}: {e}", escape_path(&path))),
-                },
-                Err(e) => self.troubles.push(format!("{}: {}", escape_path(&path), io::Error::from(e))),
+                Ok(Err(why)) => {
+                    self.found.remove(&path);
+                    self.troubles.push(match why {
+                        NotFound::Special => format!("{}: is no longer an image", escape_path(&path)),
+                        NotFound::Errno(e) => format!("{}: {}", escape_path(&path), io::Error::from(e)),
+                    });
+                    None
+                }
+                Err(()) => {
+                    self.troubles.push(no_answer(&path));
+                    self.found.get(&path).cloned()
+                }
+            };
+            match found {
+                Some(Found::Directory(resolved)) => directories.push((path, resolved)),
+                Some(Found::File(entry)) => self.files.push(entry),
+                None => {}
             }
         }
-        changed |= !old.is_empty() || !same_files(&files, &self.files);
+        let changed = self.list(directories, storage) | !same_files(&files, &self.files);
         changed || troubles != self.troubles
     }
 
-    /// Keeps what is known of a directory if it has not changed, lists it otherwise; then goes on below it.
-    fn take_directory(
-        &mut self,
-        shown: &Path,
-        resolved: PathBuf,
-        old: &mut BTreeMap<PathBuf, Directory>,
-        changed: &mut bool,
-    ) {
-        let mut to_do = vec![(shown.to_owned(), resolved)];
-        while let Some((shown, resolved)) = to_do.pop() {
-            if self.directories.contains_key(&resolved) {
-                continue;
+    /// Looks at directories, and at what is below them; true if a list changed.
+    fn list(&mut self, mut level: Vec<(PathBuf, PathBuf)>, storage: &mut Storage) -> bool {
+        let mut old = std::mem::take(&mut self.directories);
+        let mut changed = false;
+        while !level.is_empty() {
+            let mut once = HashSet::new();
+            level.retain(|(_, resolved)| !self.directories.contains_key(resolved) && once.insert(resolved.clone()));
+            let questions: Vec<_> = level
+                .iter()
+                .map(|(shown, resolved)| {
+                    let known = old.get(resolved).cloned();
+                    (storage.lane_of(resolved), (shown.clone(), resolved.clone(), known))
+                })
+                .collect();
+            let answers = storage.answers(questions, |(shown, resolved, known)| look(&shown, &resolved, known));
+            let mut next = Vec::new();
+            for ((shown, resolved), answer) in level.into_iter().zip(answers) {
+                let before = old.remove(&resolved);
+                let directory = match answer {
+                    Ok(Seen::Current(directory)) => Some(directory),
+                    Ok(Seen::Listed(directory)) => {
+                        // A directory that was listed again, because it might have changed, often has not.
+                        changed |= before.is_none_or(|before| !before.lists_the_same(&directory));
+                        Some(directory)
+                    }
+                    Ok(Seen::Gone) => {
+                        changed = true;
+                        None
+                    }
+                    Err(_) => {
+                        let trouble = no_answer(&shown);
+                        if !self.troubles.contains(&trouble) {
+                            self.troubles.push(trouble);
+                        }
+                        before
+                    }
+                };
+                let Some(directory) = directory else { continue };
+                self.troubles.extend(directory.trouble.clone());
+                if self.recursive {
+                    next.extend(directory.below.iter().map(|name| (directory.shown.join(name), resolved.join(name))));
+                }
+                self.directories.insert(resolved, directory);
             }
-            let now = match status(&resolved) {
-                Ok(now) if now.kind == FileKind::Directory => now,
-                // It went away between two questions.
-                _ => {
-                    *changed = true;
-                    continue;
-                }
-            };
-            let known = old.remove(&resolved);
-            let directory = match known {
-                Some(known) if known.is_current(&now) => {
-                    let linked = known.follow_links(&resolved);
-                    *changed |= !same_files(&linked, &known.linked);
-                    Directory { linked, ..known }
-                }
-                before => {
-                    let directory = self.list(&shown, &resolved, &now);
-                    let linked = directory.follow_links(&resolved);
-                    let directory = Directory { linked, ..directory };
-                    // A directory that was listed again, because it might have changed, often has not.
-                    *changed |= before.is_none_or(|before| !before.lists_the_same(&directory));
-                    directory
-                }
-            };
-            if self.recursive {
-                to_do.extend(directory.below.iter().map(|name| (directory.shown.join(name), resolved.join(name))));
-            }
-            self.directories.insert(resolved, directory);
+            level = next;
         }
+        changed |= !old.is_empty();
+        changed | self.follow_links(storage)
     }
 
-    fn list(&mut self, shown: &Path, resolved: &Path, now: &FileStatus) -> Directory {
-        let mut directory = Directory {
-            shown: shown.to_owned(),
-            id: now.id,
-            modified: now.modified,
-            listed_at: SystemTime::now(),
-            images: Vec::new(),
-            links: Vec::new(),
-            linked: Vec::new(),
-            below: Vec::new(),
-        };
-        let entries = match std::fs::read_dir(resolved) {
-            Ok(entries) => entries,
-            Err(e) => {
-                self.troubles.push(format!("{}: {e}", escape_path(shown)));
-                // Not current next time, so that it is asked again.
-                directory.listed_at = SystemTime::UNIX_EPOCH;
-                return directory;
-            }
-        };
-        for entry in entries {
-            let entry = match entry {
-                Ok(entry) => entry,
-                Err(e) => {
-                    self.troubles.push(format!("{}: {e}", escape_path(shown)));
-                    directory.listed_at = SystemTime::UNIX_EPOCH;
-                    break;
-                }
-            };
-            let name = PathBuf::from(entry.file_name());
-            if entry.file_type().is_ok_and(|t| t.is_symlink()) {
-                directory.links.push(name);
-                continue;
-            }
-            let target = resolved.join(&name);
-            // A name that has gone again is no image.
-            let Ok(found) = status(&target) else { continue };
-            match found.kind {
-                FileKind::Regular | FileKind::Block => {
-                    directory.images.push(Entry { path: shown.join(&name), resolved: target, status: found });
-                }
-                FileKind::Directory => directory.below.push(name),
-                FileKind::Special => {}
-            }
+    fn follow_links(&mut self, storage: &mut Storage) -> bool {
+        let mut before = std::mem::take(&mut self.linked);
+        let with_links: Vec<(PathBuf, Arc<Directory>)> = self
+            .directories
+            .iter()
+            .filter(|(_, d)| !d.links.is_empty())
+            .map(|(path, d)| (path.clone(), Arc::clone(d)))
+            .collect();
+        let questions: Vec<_> =
+            with_links.iter().map(|(path, d)| (storage.lane_of_links(path), (path.clone(), Arc::clone(d)))).collect();
+        let answers = storage.answers(questions, |(path, directory)| directory.follow_links(&path));
+        let mut changed = false;
+        for ((path, directory), answer) in with_links.into_iter().zip(answers) {
+            let known = before.remove(&path);
+            let linked = answer.unwrap_or_else(|_| {
+                let trouble = format!(
+                    "{}: where its links lead does not answer: what is listed of them may be out of date",
+                    escape_path(&directory.shown)
+                );
+                self.troubles.push(trouble);
+                known.clone().unwrap_or_default()
+            });
+            changed |= known.is_none_or(|known| !same_files(&known, &linked));
+            self.linked.insert(path, linked);
         }
-        // In an order of its own, so that two listings can be compared.
-        directory.images.sort_by(|a, b| a.path.cmp(&b.path));
-        directory.links.sort();
-        directory.below.sort();
-        directory
-    }
-}
-
-fn same_files(a: &[Entry], b: &[Entry]) -> bool {
-    let same = |a: &Entry, b: &Entry| a.path == b.path && a.resolved == b.resolved && a.status.id == b.status.id;
-    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b))
-}
-
-impl Directory {
-    fn lists_the_same(&self, other: &Self) -> bool {
-        self.id == other.id
-            && self.below == other.below
-            && self.links == other.links
-            && same_files(&self.images, &other.images)
-            && same_files(&self.linked, &other.linked)
-    }
-
-    /// The images that links lead to. Linked directories are not followed: they may lead round in a circle, or out.
-    fn follow_links(&self, resolved: &Path) -> Vec<Entry> {
-        let follow = |name: &PathBuf| {
-            let target = resolved.join(name).canonicalize().ok()?;
-            let found = status(&target).ok()?;
-            let is_image = matches!(found.kind, FileKind::Regular | FileKind::Block);
-            is_image.then(|| Entry { path: self.shown.join(name), resolved: target, status: found })
-        };
-        self.links.iter().filter_map(follow).collect()
-    }
-
-    fn is_current(&self, now: &FileStatus) -> bool {
-        let changed_at = u64::try_from(now.modified.0)
-            .map_or(SystemTime::UNIX_EPOCH, |s| SystemTime::UNIX_EPOCH + Duration::new(s, now.modified.1));
-        let settled = self.listed_at.duration_since(changed_at).is_ok_and(|age| age > CLOCK_STEP);
-        self.id == now.id && self.modified == now.modified && settled
+        changed | !before.is_empty()
     }
 }
 
@@ -302,9 +304,16 @@ mod tests {
     use super::*;
     use std::fs;
     use std::os::unix::fs::symlink;
+    use std::time::{Duration, SystemTime};
+
+    use crate::linux::Roots;
+
+    fn storage() -> Storage {
+        Storage::new(&Roots::host())
+    }
 
     fn names(catalog: &Catalog, root: &Path) -> Vec<String> {
-        let short = |e: &&Entry| e.path.strip_prefix(root).unwrap().display().to_string();
+        let short = |e: &Arc<Entry>| e.path.strip_prefix(root).unwrap().display().to_string();
         catalog.images().iter().map(short).collect()
     }
 
@@ -313,25 +322,25 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("images");
         fs::create_dir(&root).unwrap();
-        let mut catalog = Catalog::new(std::slice::from_ref(&root), false).unwrap();
+        let mut catalog = Catalog::new(std::slice::from_ref(&root), false, &mut storage()).unwrap();
         assert!(names(&catalog, &root).is_empty());
         fs::write(root.join("a.raw"), "a").unwrap();
         fs::write(root.join("b.raw"), "b").unwrap();
-        assert!(catalog.refresh());
+        assert!(catalog.refresh(&mut storage()));
         assert_eq!(names(&catalog, &root), ["a.raw", "b.raw"]);
         let old = catalog.images()[1].status.id;
         fs::rename(root.join("a.raw"), root.join("b.raw")).unwrap();
-        assert!(catalog.refresh());
+        assert!(catalog.refresh(&mut storage()));
         assert_eq!(names(&catalog, &root), ["b.raw"]);
         assert_ne!(catalog.images()[0].status.id, old, "renamed over: another file under the name");
         fs::remove_dir_all(&root).unwrap();
-        assert!(catalog.refresh());
+        assert!(catalog.refresh(&mut storage()));
         assert!(names(&catalog, &root).is_empty());
         assert_eq!(catalog.troubles().len(), 1);
         let gone = catalog.watch_ids();
         fs::create_dir(&root).unwrap();
         fs::write(root.join("c.raw"), "c").unwrap();
-        assert!(catalog.refresh());
+        assert!(catalog.refresh(&mut storage()));
         assert_eq!(names(&catalog, &root), ["c.raw"]);
         assert!(catalog.troubles().is_empty());
         assert_ne!(catalog.watch_ids(), gone);
@@ -350,9 +359,9 @@ mod tests {
         let _socket = std::os::unix::net::UnixListener::bind(root.join("socket")).unwrap();
         fs::create_dir_all(root.join("sub/deeper")).unwrap();
         fs::write(root.join("sub/deeper/nested"), "").unwrap();
-        let flat = Catalog::new(&[root.to_owned()], false).unwrap();
+        let flat = Catalog::new(&[root.to_owned()], false, &mut storage()).unwrap();
         assert_eq!(names(&flat, root), ["disk", "link"]);
-        let deep = Catalog::new(&[root.to_owned()], true).unwrap();
+        let deep = Catalog::new(&[root.to_owned()], true, &mut storage()).unwrap();
         assert_eq!(names(&deep, root), ["disk", "link", "sub/deeper/nested"]);
         // A link's target elsewhere needs a watch of its own, one in a watched directory does not.
         assert!(deep.watch_points().values().all(|is_directory| *is_directory));
@@ -371,12 +380,12 @@ mod tests {
         symlink(dir.path().join("v1"), &current).unwrap();
         symlink(current.join("vm.raw"), root.join("vm.raw")).unwrap();
         symlink(dir.path().join("later.raw"), root.join("later.raw")).unwrap();
-        let mut catalog = Catalog::new(std::slice::from_ref(&root), false).unwrap();
+        let mut catalog = Catalog::new(std::slice::from_ref(&root), false, &mut storage()).unwrap();
         assert_eq!(names(&catalog, &root), ["vm.raw"]);
         fs::remove_file(&current).unwrap();
         symlink(dir.path().join("v2"), &current).unwrap();
         fs::write(dir.path().join("later.raw"), "").unwrap();
-        assert!(catalog.refresh());
+        assert!(catalog.refresh(&mut storage()));
         assert_eq!(names(&catalog, &root), ["later.raw", "vm.raw"]);
         assert!(catalog.images()[1].resolved.ends_with("v2/vm.raw"));
     }
@@ -386,10 +395,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let disk = dir.path().join("disk");
         fs::write(&disk, "").unwrap();
-        let catalog = Catalog::new(&[disk.clone(), dir.path().to_owned(), disk.clone()], false).unwrap();
+        let catalog =
+            Catalog::new(&[disk.clone(), dir.path().to_owned(), disk.clone()], false, &mut storage()).unwrap();
         assert_eq!(catalog.images().len(), 1);
-        assert!(matches!(Catalog::new(&["/dev/null".into()], false), Err(CatalogError::NotAnImage(_))));
-        assert!(matches!(Catalog::new(&["/no/such".into()], false), Err(CatalogError::NoSuchPath(_))));
+        assert!(matches!(Catalog::new(&["/dev/null".into()], false, &mut storage()), Err(CatalogError::NotAnImage(_))));
+        assert!(matches!(Catalog::new(&["/no/such".into()], false, &mut storage()), Err(CatalogError::NoSuchPath(_))));
     }
 
     #[test]
@@ -398,8 +408,8 @@ mod tests {
         fs::write(dir.path().join("a"), "").unwrap();
         let past = SystemTime::now() - Duration::from_secs(60);
         fs::File::open(dir.path()).unwrap().set_modified(past).unwrap();
-        let mut catalog = Catalog::new(&[dir.path().to_owned()], false).unwrap();
-        assert!(!catalog.refresh());
+        let mut catalog = Catalog::new(&[dir.path().to_owned()], false, &mut storage()).unwrap();
+        assert!(!catalog.refresh(&mut storage()));
     }
 
     #[test]
@@ -409,10 +419,10 @@ mod tests {
             fs::write(dir.path().join(name), "").unwrap();
         }
         // Younger than a step of its clock: it is listed again each time.
-        let mut catalog = Catalog::new(&[dir.path().to_owned()], false).unwrap();
-        assert!(!catalog.refresh());
+        let mut catalog = Catalog::new(&[dir.path().to_owned()], false, &mut storage()).unwrap();
+        assert!(!catalog.refresh(&mut storage()));
         fs::write(dir.path().join("d"), "").unwrap();
-        assert!(catalog.refresh());
-        assert!(!catalog.refresh());
+        assert!(catalog.refresh(&mut storage()));
+        assert!(!catalog.refresh(&mut storage()));
     }
 }

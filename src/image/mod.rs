@@ -5,5 +5,6 @@
 
 pub mod catalog;
 pub mod chain;
+mod directory;
 pub mod header;
 pub mod watch;

@@ -36,10 +36,12 @@ impl Touched {
     }
 }
 
-/// Watches directories and files; calls back once when something is to be fetched with [`ImageWatch::take`].
+/// Watches directories and files; calls back once when something is to be fetched with [`ImageWatch::take`]. Copies
+/// stand for the same.
+#[derive(Clone)]
 pub struct ImageWatch {
-    watcher: RecommendedWatcher,
-    watched: HashSet<PathBuf>,
+    /// Held while a path is added, which may take as long as its file system does not answer.
+    watcher: Arc<Mutex<RecommendedWatcher>>,
     state: Arc<Mutex<State>>,
     /// Set by a flood: nothing is taken in until [`ImageWatch::listen`].
     deaf: Arc<AtomicBool>,
@@ -49,6 +51,7 @@ pub struct ImageWatch {
 struct State {
     touched: Touched,
     announced: HashMap<PathBuf, Announced>,
+    watched: HashSet<PathBuf>,
     watched_directories: HashSet<PathBuf>,
     /// Events since this moment.
     rate: Option<(Instant, u32)>,
@@ -69,7 +72,7 @@ const ANNOUNCEMENT_LASTS: Duration = Duration::from_secs(1);
 const FLOOD: u32 = 5_000;
 
 /// A poisoned lock is used as it is: the state is a set of hints, whole after each statement.
-fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+fn lock<T>(state: &Mutex<T>) -> MutexGuard<'_, T> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -107,19 +110,20 @@ impl ImageWatch {
             }
         };
         let watcher = RecommendedWatcher::new(handler, Config::default().with_event_kinds(kinds))?;
-        Ok(Self { watcher, watched: HashSet::new(), state, deaf })
+        Ok(Self { watcher: Arc::new(Mutex::new(watcher)), state, deaf })
     }
 
-    /// Watches a directory for what happens in it, or a file.
+    /// Watches a directory for what happens in it, or a file. This may wait for the file system, and then so does
+    /// whatever else is added or removed.
     ///
     /// # Errors
     /// When it cannot be watched; `MaxFilesWatch` when the user's limit is reached.
-    pub fn add(&mut self, path: &Path, is_directory: bool) -> notify::Result<()> {
+    pub fn add(&self, path: &Path, is_directory: bool) -> notify::Result<()> {
         if is_directory {
             lock(&self.state).watched_directories.insert(path.to_owned());
         }
-        self.watcher.watch(path, RecursiveMode::NonRecursive)?;
-        self.watched.insert(path.to_owned());
+        lock(&self.watcher).watch(path, RecursiveMode::NonRecursive)?;
+        lock(&self.state).watched.insert(path.to_owned());
         Ok(())
     }
 
@@ -130,10 +134,10 @@ impl ImageWatch {
     }
 
     /// No longer watches `path`; one that is gone already is fine.
-    pub fn remove(&mut self, path: &Path) {
-        if self.watched.remove(path) {
+    pub fn remove(&self, path: &Path) {
+        if lock(&self.state).watched.remove(path) {
             // A removed directory took its watch along.
-            let _ = self.watcher.unwatch(path);
+            let _ = lock(&self.watcher).unwatch(path);
             lock(&self.state).watched_directories.remove(path);
         }
     }
@@ -141,20 +145,22 @@ impl ImageWatch {
     /// Whether `path` is watched.
     #[must_use]
     pub fn watches(&self, path: &Path) -> bool {
-        self.watched.contains(path)
+        lock(&self.state).watched.contains(path)
     }
 
     /// Everything that is watched.
-    pub fn watched(&self) -> impl Iterator<Item = &PathBuf> {
-        self.watched.iter()
+    #[must_use]
+    pub fn watched(&self) -> Vec<PathBuf> {
+        lock(&self.state).watched.iter().cloned().collect()
     }
 
     /// Says that we are about to open and close `path` for reading, so that the two events are not taken for somebody
     /// else's.
     pub fn announce(&self, path: &Path) {
         // An announcement for what no watch covers would wait in vain for its events.
-        if self.watches(path) || path.parent().is_some_and(|p| self.watches(p)) {
-            lock(&self.state).announce(path, Instant::now());
+        let state = &mut *lock(&self.state);
+        if state.watched.contains(path) || path.parent().is_some_and(|p| state.watched.contains(p)) {
+            state.announce(path, Instant::now());
         }
     }
 
@@ -283,7 +289,7 @@ mod tests {
         let (ours, theirs) = (root.join("ours"), root.join("theirs"));
         File::create(&ours).unwrap();
         File::create(&theirs).unwrap();
-        let (mut watch, woken) = watch();
+        let (watch, woken) = watch();
         watch.add(&root, true).unwrap();
         for _ in 0..3 {
             watch.announce(&ours);
@@ -303,7 +309,7 @@ mod tests {
         let root = dir.path().canonicalize().unwrap();
         let image = root.join("a");
         File::create(&image).unwrap();
-        let (mut watch, woken) = watch();
+        let (watch, woken) = watch();
         watch.add(&root, true).unwrap();
         watch.announce(&image);
         watch.retract(&image);
@@ -315,7 +321,7 @@ mod tests {
     fn making_renaming_and_removing_change_the_listing() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().canonicalize().unwrap();
-        let (mut watch, woken) = watch();
+        let (watch, woken) = watch();
         watch.add(&root, true).unwrap();
         File::create(root.join("a")).unwrap();
         wait_for(&watch, &woken, |t| t.listing);

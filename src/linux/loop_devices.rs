@@ -2,7 +2,7 @@
 //!
 //! A loop device keeps the description it was given, locks included, after the program that set it up has ended: then no
 //! process holds them. Read from sysfs, so that no device node is opened. The path in sysfs is that of the mount namespace
-//! in which the device was set up; it counts only if it leads to the same file here.
+//! in which the device was set up; it counts only if it leads to the same file here, which the caller asks.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -11,7 +11,6 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::Roots;
-use super::identity::{FileId, status};
 
 /// A loop device in use.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,8 +19,14 @@ pub struct LoopDevice {
     pub name: String,
     /// The file under it, as sysfs names it.
     pub backing_path: PathBuf,
-    /// The file that the path leads to from here.
-    pub backing: Option<FileId>,
+}
+
+impl LoopDevice {
+    /// Device and path together: either may come to stand for something else.
+    #[must_use]
+    pub fn key(&self) -> (String, PathBuf) {
+        (self.name.clone(), self.backing_path.clone())
+    }
 }
 
 /// Every loop device that has a file under it.
@@ -34,9 +39,7 @@ pub fn read(roots: &Roots) -> Vec<LoopDevice> {
         if path.last() == Some(&b'\n') {
             path.pop();
         }
-        let backing_path = PathBuf::from(OsString::from_vec(path));
-        let backing = status(&backing_path).ok().map(|s| s.id);
-        Some(LoopDevice { name, backing_path, backing })
+        Some(LoopDevice { name, backing_path: PathBuf::from(OsString::from_vec(path)) })
     };
     let mut devices: Vec<LoopDevice> = entries.flatten().filter_map(device).collect();
     devices.sort_by(|a, b| a.name.cmp(&b.name));
@@ -63,6 +66,6 @@ mod tests {
         let devices = read(&roots);
         assert_eq!(devices.len(), 1);
         assert_eq!(devices[0].name, "loop0");
-        assert_eq!(devices[0].backing, Some(status(&image).unwrap().id));
+        assert_eq!(devices[0].backing_path, image);
     }
 }

@@ -5,12 +5,14 @@
 
 pub mod descriptors;
 pub mod identity;
+pub mod lanes;
 pub mod lock_table;
 pub mod loop_devices;
 pub mod mount_namespaces;
 pub mod mounts;
 pub mod probe;
 pub mod process;
+pub mod storage;
 
 use std::io;
 use std::path::{Path, PathBuf};

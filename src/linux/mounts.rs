@@ -118,11 +118,22 @@ impl Mounts {
     pub fn of(&self, path: &Path, status: &FileStatus) -> Option<&Arc<Mount>> {
         match status.mount {
             Some(id) => self.by_id.get(&id),
-            None => {
-                let above = self.by_id.values().filter(|m| path.starts_with(&m.point));
-                above.max_by_key(|m| m.point.as_os_str().len())
-            }
+            None => self.above(path).and_then(|(id, _)| self.by_id.get(&id)),
         }
+    }
+
+    /// The mount that a path without links lies on, by its text: nothing is asked of the file system. Of several mounts
+    /// on one directory the youngest is seen, which most often has the greatest id.
+    #[must_use]
+    pub fn above(&self, path: &Path) -> Option<(u64, &Mount)> {
+        let above = self.by_id.iter().filter(|(_, m)| path.starts_with(&m.point));
+        above.max_by_key(|(id, m)| (m.point.as_os_str().len(), **id)).map(|(id, m)| (*id, &**m))
+    }
+
+    /// Whether there is a mount of this id.
+    #[must_use]
+    pub fn has(&self, id: u64) -> bool {
+        self.by_id.contains_key(&id)
     }
 
     /// A file system on this device, such as `/dev/loop3`.

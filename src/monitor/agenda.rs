@@ -98,7 +98,7 @@ impl Agenda {
 
     /// What the cheap question found: locks can change without an open, and lists without inotify.
     pub(super) fn take_hint(&mut self, hint: Hint, now: Instant) {
-        if hint.listing {
+        if hint.listing || hint.recovered {
             self.tick = self.tick.min(now.max(self.rested));
         }
         if !hint.files.is_empty() {

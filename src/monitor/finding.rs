@@ -46,7 +46,7 @@ fn finding(code: &str, severity: Severity, text: String) -> Finding {
 #[must_use]
 pub fn findings(image: &Image, raw: &ImageSample, sample: &Sample) -> Vec<Finding> {
     let mut all = Vec::new();
-    all.extend(unanswered(raw));
+    all.extend(unanswered(image, raw));
     all.extend(without_holder(image, raw, sample));
     all.extend(image.openers.iter().filter(|o| o.mode == OpenMode::Write).map(|o| unlocked_writer(image, o)));
     all.extend(shared_writers(image));
@@ -58,7 +58,7 @@ pub fn findings(image: &Image, raw: &ImageSample, sample: &Sample) -> Vec<Findin
     all
 }
 
-fn unanswered(raw: &ImageSample) -> Option<Finding> {
+fn unanswered(image: &Image, raw: &ImageSample) -> Option<Finding> {
     match raw.answer {
         Answer::Bytes(_) => None,
         Answer::CannotOpen(errno) => Some(finding(
@@ -74,11 +74,22 @@ fn unanswered(raw: &ImageSample) -> Option<Finding> {
                 Errno::from_raw(errno).desc()
             ),
         )),
+        Answer::Stalled(since) => Some(finding(
+            "stalled",
+            Severity::Warning,
+            format!(
+                "its storage ({}) has not answered since {since:.0}: whether it is locked cannot be told",
+                filesystem(image)
+            ),
+        )),
     }
 }
 
+fn filesystem(image: &Image) -> String {
+    format!("{} {}", escape(&image.filesystem.kind), escape(&image.filesystem.source))
+}
+
 fn without_holder(image: &Image, raw: &ImageSample, sample: &Sample) -> Option<Finding> {
-    let filesystem = || format!("{} {}", escape(&image.filesystem.kind), escape(&image.filesystem.source));
     match image.verdict {
         Verdict::HeldByKernel if raw.loop_devices.is_empty() => Some(finding(
             "held-by-kernel",
@@ -95,7 +106,7 @@ fn without_holder(image: &Image, raw: &ImageSample, sample: &Sample) -> Option<F
             Severity::Warning,
             format!(
                 "locked, but not on this host: look on the others that use {}; or a stale lock there",
-                filesystem()
+                filesystem(image)
             ),
         )),
         Verdict::Unknown if matches!(raw.answer, Answer::Bytes(_)) => {
@@ -293,7 +304,7 @@ mod tests {
     fn a_base_that_is_written_under_an_overlay_in_use_is_a_danger() {
         let base = ImageSample { descriptors: vec![holds(43, "cwr/-")], ..image("base", "cwr/-") };
         let mut top = ImageSample { descriptors: vec![holds(42, "cwr/wr")], ..image("top", "cwr/wr") };
-        top.backing = Some(Backing { path: base.path.clone(), file: Some(base.file) });
+        top.backing = Some(Backing { path: base.path.clone(), file: Some(base.file), answered: true });
         top.file.inode = 100;
         assert!(has(vec![top.clone(), base.clone()], "base-written", Severity::Danger));
         // A commit job of the same process writes to it rightly.

@@ -60,6 +60,8 @@ pub enum Answer {
     CannotOpen(i32),
     /// The file system does not answer lock questions, with the errno.
     CannotLock(i32),
+    /// The storage does not answer at all, since then.
+    Stalled(Timestamp),
 }
 
 /// A backing file, as far as it can be found from here.
@@ -69,6 +71,8 @@ pub struct Backing {
     pub path: PathBuf,
     /// The file there; `None` if there is none that can be an image.
     pub file: Option<FileId>,
+    /// Whether its storage answered; otherwise this is what was known before.
+    pub answered: bool,
 }
 
 /// One image at one moment.

@@ -17,7 +17,7 @@ pub use super::agenda::Gap;
 use super::agenda::{Agenda, rest_after};
 use super::look::{Looker, Scope};
 use super::snapshot::Snapshot;
-use crate::image::catalog::{Catalog, CatalogError};
+use crate::image::catalog::CatalogError;
 use crate::image::watch::ImageWatch;
 use crate::linux::Roots;
 
@@ -80,7 +80,6 @@ impl Sampler {
     /// # Errors
     /// When a path leads nowhere or to something that is no image.
     pub fn start(options: &Options) -> Result<Self, StartError> {
-        let catalog = Catalog::new(&options.paths, options.recursive)?;
         let (orders, inbox) = mpsc::channel();
         let (bell, ringer) = io::pipe().map_err(StartError::Resources)?;
         let slot = Arc::new(Mutex::new(Slot::default()));
@@ -98,11 +97,12 @@ impl Sampler {
             })
             .ok();
         let (roots, interval) = (options.roots.clone(), options.interval);
+        let looker = Looker::new(roots, &options.paths, options.recursive, watch)?;
         let out = Out { slot: Arc::clone(&slot), ringer, last: None };
         lock(&slot).update.gaps = gaps;
         std::thread::Builder::new()
             .name("sampler".to_owned())
-            .spawn(move || Work { looker: Looker::new(roots, catalog, watch), inbox, out, interval }.run())
+            .spawn(move || Work { looker, inbox, out, interval }.run())
             .map_err(StartError::Resources)?;
         Ok(Self { orders, slot, bell })
     }

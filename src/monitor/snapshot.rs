@@ -178,6 +178,8 @@ pub struct Image {
     pub filesystem: Filesystem,
     /// What can be said of its locks.
     pub verdict: Verdict,
+    /// Since when its storage has not answered.
+    pub stalled_since: Option<Timestamp>,
     /// All ten bytes, in order.
     pub bytes: Vec<ByteView>,
     /// The bytes under a write lock, which no QEMU takes.

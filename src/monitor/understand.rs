@@ -36,6 +36,10 @@ pub(super) fn understand(image: &ImageSample, sample: &Sample) -> Image {
             remote: mount.is_some_and(|m| m.reach == Reach::Remote),
         },
         verdict,
+        stalled_since: match image.answer {
+            Answer::Stalled(since) => Some(since),
+            _ => None,
+        },
         write_locked: write_locked(image, &holders),
         bytes,
         holders,
@@ -146,7 +150,7 @@ fn bytes(image: &ImageSample, holders: &[Holder]) -> Vec<ByteView> {
             // A descriptor that holds the byte was read after the question: the later word counts.
             _ if !holders.is_empty() => ByteState::Held,
             Answer::Bytes(_) => ByteState::Free,
-            Answer::CannotOpen(_) | Answer::CannotLock(_) => ByteState::Unknown,
+            Answer::CannotOpen(_) | Answer::CannotLock(_) | Answer::Stalled(_) => ByteState::Unknown,
         };
         ByteView { byte, state, holders }
     };
@@ -157,7 +161,7 @@ fn bytes(image: &ImageSample, holders: &[Holder]) -> Vec<ByteView> {
 fn write_locked(image: &ImageSample, holders: &[Holder]) -> Access {
     let asked = match &image.answer {
         Answer::Bytes(found) => found.write_locked,
-        Answer::CannotOpen(_) | Answer::CannotLock(_) => Access::NONE,
+        Answer::CannotOpen(_) | Answer::CannotLock(_) | Answer::Stalled(_) => Access::NONE,
     };
     let writers = holders.iter().filter(|h| h.foreign.is_some_and(|f| f.mode == LockMode::Write));
     let covered = writers.flat_map(|h| LockByte::ALL.into_iter().filter(|b| lies_on(h, *b)));
@@ -168,6 +172,7 @@ fn verdict(image: &ImageSample, sample: &Sample, bytes: &[ByteView]) -> Verdict 
     match image.answer {
         Answer::CannotOpen(_) => return Verdict::Unknown,
         Answer::CannotLock(_) => return Verdict::CannotLock,
+        Answer::Stalled(_) => return Verdict::Stalled,
         Answer::Bytes(_) => {}
     }
     let held = |b: &&ByteView| b.state == ByteState::Held;
@@ -253,6 +258,7 @@ mod tests {
         for (answer, verdict) in [
             (Answer::CannotOpen(libc_eacces()), Verdict::Unknown),
             (Answer::CannotLock(libc_eacces()), Verdict::CannotLock),
+            (Answer::Stalled(jiff::Timestamp::UNIX_EPOCH), Verdict::Stalled),
         ] {
             let mut sample = sample(vec![ImageSample { answer, ..image("a", "-/-") }], &[]);
             let snapshot = Snapshot::of(&sample);

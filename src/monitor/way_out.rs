@@ -38,6 +38,11 @@ pub fn ways_out(snapshot: &Snapshot, image: &Image, answer: &WhatIf) -> Vec<Stri
             ways
         }
         (Outcome::Granted, Harm::WritesBesideWriter) => users(image).map(|p| stop(p, "first stop ")).collect(),
+        (Outcome::Unknown(_), _) if image.verdict == Verdict::Stalled => vec![format!(
+            "see that {} {} answers again; nothing can be told before",
+            escape(&image.filesystem.kind),
+            escape(&image.filesystem.source)
+        )],
         (Outcome::Unknown(_), _) => vec![
             "run qlock-top as root, or with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH, on the host that has the image"
                 .to_owned(),

@@ -173,6 +173,10 @@ pub fn chain<'a>(snapshot: &'a Snapshot, image: &'a Image) -> Vec<Result<Link<'a
             chain.push(Err(format!("{shown} is no path: it is not followed")));
             break;
         };
+        if !backing.answered {
+            chain.push(Err(format!("{shown}: its storage does not answer")));
+            break;
+        }
         let Some(file) = backing.file else {
             chain.push(Err(format!("{shown} is missing or no image: QEMU could not open it")));
             break;
@@ -228,6 +232,9 @@ fn below(snapshot: &Snapshot, image: &Image, operation: &Operation) -> Outcome {
 }
 
 fn unknown(image: &Image) -> Option<String> {
+    if image.stalled_since.is_some() {
+        return Some(format!("the storage of {} does not answer", crate::text::escape_path(&image.path)));
+    }
     let asked = image.bytes.iter().all(|b| b.state != ByteState::Unknown);
     (!asked).then(|| format!("the locks of {} cannot be told", crate::text::escape_path(&image.path)))
 }
@@ -261,7 +268,7 @@ mod tests {
     fn on(base: FileId) -> ImageSample {
         let mut top = image("top.qcow2", "-/-");
         top.header.as_mut().unwrap().backing_file = Some("base.qcow2".to_owned());
-        top.backing = Some(Backing { path: "/images/base.qcow2".into(), file: Some(base) });
+        top.backing = Some(Backing { path: "/images/base.qcow2".into(), file: Some(base), answered: true });
         top.file.inode = 100;
         top
     }

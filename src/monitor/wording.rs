@@ -4,11 +4,13 @@
 
 use std::borrow::Cow;
 
+use jiff::Timestamp;
+
 use super::snapshot::{ByteState, ByteView, ForeignRange, Holder, Image, Verdict};
 use crate::linux::descriptors::OpenMode;
 use crate::linux::process::ProcessFacts;
 use crate::protocol::{Access, Role};
-use crate::text::{escape, size};
+use crate::text::{escape, size, span};
 
 /// "web01 (qemu-system-x86 4242)", or "dd 9912" for a process that runs no VM.
 #[must_use]
@@ -85,6 +87,15 @@ pub fn role_text(image: &Image) -> Cow<'static, str> {
     plain_role(image).into()
 }
 
+/// The same at a moment: with how long it has not answered.
+#[must_use]
+pub fn role_text_at(image: &Image, now: Timestamp) -> Cow<'static, str> {
+    match image.stalled_since {
+        Some(since) => format!("stalled {}", span(now.duration_since(since).as_secs().unsigned_abs())).into(),
+        None => role_text(image),
+    }
+}
+
 fn plain_role(image: &Image) -> &'static str {
     if image.openers.iter().any(|o| o.mode == OpenMode::Write) {
         return "WRITER, NO LOCK";
@@ -95,7 +106,7 @@ fn plain_role(image: &Image) -> &'static str {
         Verdict::Unknown if image.holders.is_empty() && image.held().is_empty() => return "cannot tell",
         Verdict::Unknown if image.holders.is_empty() => return "held, by whom?",
         Verdict::CannotLock => return "cannot lock",
-        Verdict::Stalled => return "no answer",
+        Verdict::Stalled => return "stalled",
         Verdict::Free if image.openers.is_empty() => return "-",
         Verdict::Free => return "open, no lock",
         Verdict::Held | Verdict::Unknown => {}

@@ -7,7 +7,7 @@ use std::io::{self, Write};
 
 use crate::monitor::finding::Severity;
 use crate::monitor::snapshot::{ByteView, Image, Snapshot};
-use crate::monitor::wording::{byte_mark, format_text, holders_text, role_text, size_text};
+use crate::monitor::wording::{byte_mark, format_text, holders_text, role_text_at, size_text};
 use crate::text::{counted, cut_end, cut_middle, escape, escape_path, pad_end, pad_start, to_ascii, width};
 
 /// How a table is written.
@@ -98,7 +98,14 @@ pub fn write(mut out: impl Write, snapshot: &Snapshot, layout: Layout) -> io::Re
         for (image, name) in snapshot.images.iter().zip(&names) {
             let holders = holders_text(image);
             let (holders, marks) = (layout.plain(&holders), marks(image, between));
-            let cells = [name, format_text(image), &size_text(image), &marks, &role_text(image), &holders];
+            let cells = [
+                name,
+                format_text(image),
+                &size_text(image),
+                &marks,
+                &role_text_at(image, snapshot.taken_at),
+                &holders,
+            ];
             writeln!(out, "{}", line(cells))?;
         }
     }

@@ -73,7 +73,7 @@ fn host() -> Sample {
     let whole = parse_line("1: OFDLCK ADVISORY WRITE -1 08:01:8 0 EOF").unwrap();
     add("cloud.raw", 8, Format::Raw, 4, "cwurg/cwurg", vec![descriptor(78, 9, OpenMode::Write, vec![whole])]);
     images[0].header.as_mut().unwrap().backing_file = Some("base.qcow2".to_owned());
-    images[0].backing = Some(Backing { path: images[1].resolved.clone(), file: Some(images[1].file) });
+    images[0].backing = Some(Backing { path: images[1].resolved.clone(), file: Some(images[1].file), answered: true });
     images[3].mount = Some(mount("nfs4", Reach::Remote));
     images[3].table_rows.clear();
     images[4].answer = Answer::CannotOpen(nix::errno::Errno::EACCES as i32);

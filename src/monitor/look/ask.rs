@@ -1,23 +1,29 @@
 //! What do the kernel and the image itself answer, an image at a time?
 //!
-//! Opened for reading, asked about its bytes, its header read when it may have changed, closed.
+//! Opened for reading, asked about its bytes, its header read when it may have changed, closed: by a thread for each
+//! mount, so that one that does not answer holds up nothing but its own images.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use nix::errno::Errno;
 
-use super::super::sample::{Answer, Backing, ImageSample};
+use super::super::sample::{Answer, ImageSample};
 use super::Looker;
 use crate::image::catalog::Entry;
 use crate::image::header::{self, Header};
-use crate::linux::identity::{FileId, FileKind, FileStatus, status};
+use crate::image::watch::ImageWatch;
+use crate::linux::identity::{FileId, FileKind, FileStatus};
 use crate::linux::lock_table::LockRecord;
 use crate::linux::mounts::Mount;
 use crate::linux::probe::{self, Asker, OpenError};
+use crate::linux::storage::Lane;
 
+#[derive(Debug)]
 pub(super) struct KnownHeader {
     status: FileStatus,
     read_at: Instant,
@@ -27,45 +33,100 @@ pub(super) struct KnownHeader {
 /// A guest writes all the time and changes the modification time with it; its header is read again this often.
 const HEADER_AGE: Duration = Duration::from_secs(5);
 
-impl Looker {
-    /// Asks each of `targets` about its bytes; one that has gone is taken off the list.
-    pub(super) fn ask(&mut self, targets: &mut Vec<Entry>) {
-        targets.retain(|entry| match self.ask_one(entry) {
-            Some(image) => {
-                self.images.insert(entry.resolved.clone(), image);
-                true
+/// How one image answered.
+#[derive(Debug)]
+enum Reply {
+    /// It has gone, or been replaced by something else: the next listing says by what.
+    Gone,
+    CannotOpen(Errno),
+    Answered {
+        status: FileStatus,
+        header: Arc<KnownHeader>,
+        answer: Answer,
+    },
+}
+
+/// Opens, asks and closes; on a thread that may wait for the storage.
+fn ask_one(entry: &Entry, known: Option<Arc<KnownHeader>>, watch: Option<&ImageWatch>) -> Reply {
+    if let Some(watch) = watch {
+        watch.announce(&entry.resolved);
+    }
+    let (file, status) = match probe::open(&entry.resolved) {
+        Ok(opened) => opened,
+        Err(OpenError::NotAnImage) => return Reply::Gone,
+        Err(OpenError::Errno(errno)) => {
+            if let Some(watch) = watch {
+                watch.retract(&entry.resolved);
             }
-            None => {
-                self.images.remove(&entry.resolved);
-                false
-            }
-        });
+            let gone = matches!(errno, Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP);
+            return if gone { Reply::Gone } else { Reply::CannotOpen(errno) };
+        }
+    };
+    let answer = match probe::held_bytes(&file, Asker::Process) {
+        Ok(found) => Answer::Bytes(found),
+        Err(errno) => Answer::CannotLock(errno as i32),
+    };
+    let header = known.filter(|k| k.is_fresh(&status)).unwrap_or_else(|| KnownHeader::read(&File::from(file), status));
+    Reply::Answered { status, header, answer }
+}
+
+impl KnownHeader {
+    fn is_fresh(&self, now: &FileStatus) -> bool {
+        let same_file = self.status.id == now.id && self.status.size == now.size;
+        same_file && (self.status.modified == now.modified || self.read_at.elapsed() < HEADER_AGE)
     }
 
-    fn ask_one(&mut self, entry: &Entry) -> Option<ImageSample> {
-        if let Some(watch) = &self.watch {
-            watch.announce(&entry.resolved);
+    fn read(file: &File, status: FileStatus) -> Arc<Self> {
+        let header = header::read(file, header::length(file, &status)).ok();
+        Arc::new(Self { status, read_at: Instant::now(), header })
+    }
+}
+
+impl Looker {
+    /// Asks each of `targets` about its bytes; one that has gone is taken off the list.
+    pub(super) fn ask(&mut self, targets: &mut Vec<Arc<Entry>>) {
+        let mut lanes: HashMap<&Path, Lane> = HashMap::new();
+        let mut questions = Vec::with_capacity(targets.len());
+        for entry in &*targets {
+            let directory = entry.resolved.parent().unwrap_or(&entry.resolved);
+            let lane = lanes.entry(directory).or_insert_with(|| self.storage.lane_of(directory)).clone();
+            questions.push((lane, (Arc::clone(entry), self.headers.get(&entry.resolved).cloned())));
         }
-        let (file, status) = match probe::open(&entry.resolved) {
-            Ok(opened) => opened,
-            // Replaced since it was listed: the next listing says by what.
-            Err(OpenError::NotAnImage) => return None,
-            Err(OpenError::Errno(errno)) => {
-                if let Some(watch) = &self.watch {
-                    watch.retract(&entry.resolved);
+        let watch = self.watch.clone();
+        let ask = move |(entry, known): (Arc<Entry>, Option<Arc<KnownHeader>>)| ask_one(&entry, known, watch.as_ref());
+        let mut replies = self.storage.answers(questions, ask).into_iter();
+        targets.retain(|entry| {
+            let image = match replies.next() {
+                Some(Ok(Reply::Answered { status, header, answer })) => {
+                    let image = self.describe(entry, status, header.header.clone(), answer);
+                    self.headers.insert(entry.resolved.clone(), header);
+                    image
                 }
-                if matches!(errno, Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) {
-                    return None;
+                Some(Ok(Reply::CannotOpen(errno))) => {
+                    self.describe(entry, entry.status, None, Answer::CannotOpen(errno as i32))
                 }
-                return Some(self.describe(entry, entry.status, None, Answer::CannotOpen(errno as i32)));
-            }
-        };
-        let answer = match probe::held_bytes(&file, Asker::Process) {
-            Ok(found) => Answer::Bytes(found),
-            Err(errno) => Answer::CannotLock(errno as i32),
-        };
-        let header = self.header(&entry.resolved, status, &File::from(file));
-        Some(self.describe(entry, status, header, answer))
+                Some(Ok(Reply::Gone)) => {
+                    self.images.remove(&entry.resolved);
+                    return false;
+                }
+                Some(Err(stuck_for)) => self.stalled(entry, stuck_for),
+                None => self.stalled(entry, Duration::ZERO),
+            };
+            self.images.insert(entry.resolved.clone(), image);
+            true
+        });
+        self.find_backings(targets);
+    }
+
+    /// An image that does not answer is shown as it was known, but for its bytes.
+    fn stalled(&self, entry: &Entry, stuck_for: Duration) -> ImageSample {
+        let since = Timestamp::now() - stuck_for;
+        match self.images.get(&entry.resolved) {
+            // The first time that was told stays the time.
+            Some(image) if matches!(image.answer, Answer::Stalled(_)) => image.clone(),
+            Some(image) => ImageSample { answer: Answer::Stalled(since), ..image.clone() },
+            None => self.describe(entry, entry.status, None, Answer::Stalled(since)),
+        }
     }
 
     /// The rows of the table about a file. The kernel prints the superblock's device, which statx hides on btrfs and
@@ -85,7 +146,7 @@ impl Looker {
     }
 
     /// The files behind `entries` as they were opened last: a link's target may have been replaced since it was listed.
-    pub(super) fn ids(&self, entries: &[Entry]) -> HashSet<FileId> {
+    pub(super) fn ids(&self, entries: &[Arc<Entry>]) -> HashSet<FileId> {
         entries.iter().filter_map(|e| self.images.get(&e.resolved)).map(|i| i.file).collect()
     }
 
@@ -96,12 +157,12 @@ impl Looker {
         header: Option<Header>,
         answer: Answer,
     ) -> ImageSample {
-        let mount = self.mounts.as_ref().and_then(|m| m.of(&entry.resolved, &status)).cloned();
+        let mount = self.storage.mounts().and_then(|m| m.of(&entry.resolved, &status)).cloned();
         let table_rows = self.rows_of(status.id, mount.as_deref()).to_vec();
         ImageSample {
             path: entry.path.clone(),
             resolved: entry.resolved.clone(),
-            backing: header.as_ref().and_then(|h| backing(&entry.resolved, h)),
+            backing: None,
             file: status.id,
             file_size: if status.kind == FileKind::Block {
                 header.as_ref().and_then(|h| h.virtual_size).unwrap_or_default()
@@ -116,26 +177,4 @@ impl Looker {
             loop_devices: Vec::new(),
         }
     }
-
-    pub(super) fn header(&mut self, path: &Path, status: FileStatus, file: &File) -> Option<Header> {
-        let fresh = |known: &KnownHeader| {
-            let same_file = known.status.id == status.id && known.status.size == status.size;
-            same_file && (known.status.modified == status.modified || known.read_at.elapsed() < HEADER_AGE)
-        };
-        if let Some(known) = self.headers.get(path).filter(|k| fresh(k)) {
-            return known.header.clone();
-        }
-        let header = header::read(file, header::length(file, &status)).ok();
-        self.headers.insert(path.to_owned(), KnownHeader { status, read_at: Instant::now(), header: header.clone() });
-        header
-    }
-}
-
-/// The file that a header names as its backing file. It is looked at, never opened.
-fn backing(image: &Path, header: &Header) -> Option<Backing> {
-    let path = header::backing_path(image, header.backing_file.as_ref()?)?;
-    let is_image = |s: &FileStatus| matches!(s.kind, FileKind::Regular | FileKind::Block);
-    let file = status(&path).ok().filter(is_image).map(|s| s.id);
-    let path = if file.is_some() { path.canonicalize().unwrap_or(path) } else { path };
-    Some(Backing { path, file })
 }

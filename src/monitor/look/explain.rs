@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::sample::Answer;
@@ -63,7 +64,7 @@ impl Looker {
     pub(super) fn explain(&mut self, wanted: &HashSet<FileId>) {
         // Taken out while it is gone through: nearly always nothing is open, and nothing need be copied.
         let entries = std::mem::take(&mut self.entries);
-        let mut open: Vec<Entry> = entries.iter().filter(|e| self.is_open(e)).cloned().collect();
+        let mut open: Vec<Arc<Entry>> = entries.iter().filter(|e| self.is_open(e)).cloned().collect();
         self.entries = entries;
         for attempt in 0..ATTEMPTS {
             open.retain(|e| self.is_open(e));

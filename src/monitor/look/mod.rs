@@ -6,25 +6,28 @@
 
 mod ask;
 mod explain;
+mod listing;
+mod surroundings;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
 use jiff::Timestamp;
 
 use ask::KnownHeader;
 use explain::Walks;
+use surroundings::{KnownBacking, LoopFiles};
 
 use super::sample::{DeletedImage, ImageSample, Sample};
 use super::search::{Depth, Search};
-use crate::image::catalog::{Catalog, Entry};
+use crate::image::catalog::{Catalog, CatalogError, Entry};
 use crate::image::watch::ImageWatch;
 use crate::linux::descriptors::{OpenDescriptor, OpenMode};
 use crate::linux::identity::FileId;
 use crate::linux::lock_table::{self, LockRecord};
-use crate::linux::loop_devices::{self, LoopDevice};
-use crate::linux::mounts::Mounts;
+use crate::linux::storage::Storage;
 use crate::linux::{ReadError, Roots, process};
 
 /// How much one look covers.
@@ -43,6 +46,8 @@ pub struct Hint {
     pub listing: bool,
     /// Resolved paths of images whose locks may have changed.
     pub files: HashSet<PathBuf>,
+    /// Storage that did not answer does so again.
+    pub recovered: bool,
 }
 
 /// Looks at the watched images, and remembers what makes the next look cheap.
@@ -54,12 +59,14 @@ pub struct Looker {
     watched_ids: BTreeMap<PathBuf, FileId>,
     unwatched: Vec<String>,
     resting_until: Option<Instant>,
-    mounts: Option<Mounts>,
+    storage: Storage,
     search: Search,
     host: String,
-    entries: Vec<Entry>,
+    entries: Vec<Arc<Entry>>,
     images: HashMap<PathBuf, ImageSample>,
-    headers: HashMap<PathBuf, KnownHeader>,
+    headers: HashMap<PathBuf, Arc<KnownHeader>>,
+    backings: HashMap<PathBuf, KnownBacking>,
+    loop_files: LoopFiles,
     table: Vec<LockRecord>,
     buffer: Vec<u8>,
     troubles: Vec<String>,
@@ -69,11 +76,20 @@ pub struct Looker {
 }
 
 impl Looker {
-    /// Looks at what `catalog` lists. Without `watch` only the caller's timer makes anybody look.
-    #[must_use]
-    pub fn new(roots: Roots, catalog: Catalog, watch: Option<ImageWatch>) -> Self {
+    /// Lists `paths`, to be looked at; directories with all below them if `recursive`. Without `watch` only the caller's
+    /// timer makes anybody look.
+    ///
+    /// # Errors
+    /// When a path leads nowhere or to something that is no image.
+    pub fn new(
+        roots: Roots,
+        paths: &[PathBuf],
+        recursive: bool,
+        watch: Option<ImageWatch>,
+    ) -> Result<Self, CatalogError> {
         let host = nix::unistd::gethostname().map(|h| h.to_string_lossy().into_owned()).unwrap_or_default();
-        let mounts = Mounts::read(&roots).ok();
+        let mut storage = Storage::new(&roots);
+        let catalog = Catalog::new(paths, recursive, &mut storage)?;
         let mut looker = Self {
             search: Search::new(roots.clone()),
             own_pid: if roots.is_host() { nix::unistd::getpid().as_raw() } else { 0 },
@@ -83,11 +99,13 @@ impl Looker {
             watched_ids: BTreeMap::new(),
             unwatched: Vec::new(),
             resting_until: None,
-            mounts,
+            storage,
             host,
             entries: Vec::new(),
             images: HashMap::new(),
             headers: HashMap::new(),
+            backings: HashMap::new(),
+            loop_files: LoopFiles::default(),
             table: Vec::new(),
             buffer: Vec::new(),
             troubles: Vec::new(),
@@ -95,7 +113,7 @@ impl Looker {
             confirmed: HashSet::new(),
         };
         looker.take_listing();
-        looker
+        Ok(looker)
     }
 
     /// What inotify has seen since; `None` without one.
@@ -143,43 +161,32 @@ impl Looker {
     /// Asks what costs next to nothing: whether the list of images changed, and which images have other rows in
     /// `/proc/locks` than when they were last looked at. Nothing is believed because of it; it says where to look.
     pub fn hint(&mut self) -> Hint {
-        let listing = self.catalog.refresh();
+        let recovered = !self.storage.recovered().is_empty();
+        let listing = self.catalog.refresh(&mut self.storage);
         let rested = self.resting_until.take_if(|until| Instant::now() >= *until).is_some();
         if let Some(watch) = self.watch.as_ref().filter(|_| rested) {
             watch.listen();
         }
-        if listing || rested {
+        if listing || rested || recovered {
             self.take_listing();
         }
         self.read_table();
         let files = self.images.keys().filter(|path| self.has_other_rows(path)).cloned().collect();
-        Hint { listing, files }
-    }
-
-    /// Leaves inotify aside for a while: what changes then shows by [`hint`](Self::hint) and by the timer.
-    pub fn rest_from_events(&mut self, pause: Duration) {
-        if let Some(watch) = &mut self.watch {
-            let all: Vec<PathBuf> = watch.watched().cloned().collect();
-            all.iter().for_each(|path| watch.remove(path));
-            self.resting_until = Some(Instant::now() + pause);
-        }
-    }
-
-    /// Paths that could not be watched since the last call, in words: changes there show at the next tick only.
-    pub fn take_unwatched(&mut self) -> Vec<String> {
-        std::mem::take(&mut self.unwatched)
+        Hint { listing, files, recovered }
     }
 
     /// Looks now.
     pub fn look(&mut self, scope: Scope) -> Sample {
         self.troubles.clear();
         if let Scope::Everything = scope {
-            if self.catalog.refresh() {
+            let mounts = self.storage.refresh(&self.roots);
+            self.note(mounts);
+            self.storage.forget_unmounted();
+            if self.catalog.refresh(&mut self.storage) {
                 self.take_listing();
             }
-            self.refresh_mounts();
         }
-        let mut targets: Vec<Entry> = match scope {
+        let mut targets: Vec<Arc<Entry>> = match scope {
             Scope::Everything => self.entries.clone(),
             Scope::Files(paths) => self.entries.iter().filter(|e| paths.contains(&e.resolved)).cloned().collect(),
         };
@@ -194,6 +201,10 @@ impl Looker {
             self.walk_all(&wanted);
         }
         self.explain(&wanted);
+        if let Scope::Everything = scope {
+            self.loop_files.forget();
+            self.forget_backings();
+        }
         self.sample()
     }
 
@@ -215,18 +226,6 @@ impl Looker {
         }
     }
 
-    fn refresh_mounts(&mut self) {
-        if let Some(mounts) = &mut self.mounts
-            && mounts.refresh().is_ok()
-        {
-            return;
-        }
-        match Mounts::read(&self.roots) {
-            Ok(mounts) => self.mounts = Some(mounts),
-            Err(error) => self.note(Err(error)),
-        }
-    }
-
     fn read_table(&mut self) {
         match lock_table::read_table(&self.roots, &mut self.buffer) {
             Ok(lines) => {
@@ -245,39 +244,6 @@ impl Looker {
         }
     }
 
-    /// Takes over the catalog's list, and has inotify watch what is on it.
-    fn take_listing(&mut self) {
-        self.entries = self.catalog.images().into_iter().cloned().collect();
-        let listed: HashSet<&PathBuf> = self.entries.iter().map(|e| &e.resolved).collect();
-        self.images.retain(|path, _| listed.contains(path));
-        self.headers.retain(|path, _| listed.contains(path));
-        let Some(watch) = self.watch.as_mut().filter(|_| self.resting_until.is_none()) else { return };
-        let points = self.catalog.watch_points();
-        let ids = self.catalog.watch_ids();
-        let stale = |path: &&PathBuf| !points.contains_key(*path) || self.watched_ids.get(*path) != ids.get(*path);
-        let gone: Vec<PathBuf> = watch.watched().filter(stale).cloned().collect();
-        gone.iter().for_each(|path| watch.remove(path));
-        let mut failed = Vec::new();
-        for (path, is_directory) in points {
-            if !watch.watches(&path)
-                && let Err(error) = watch.add(&path, is_directory)
-            {
-                failed.push((path, error));
-            }
-        }
-        if let Some((path, error)) = failed.first() {
-            let path = crate::text::escape_path(path);
-            let number = crate::text::counted(failed.len(), "path", "paths");
-            let limit = matches!(error.kind, notify::ErrorKind::MaxFilesWatch);
-            let advice = if limit { "; raise fs.inotify.max_user_watches" } else { "" };
-            self.unwatched.push(format!(
-                "{number} cannot be watched (first: {path}: {}){advice}: changes there show at the next tick only",
-                crate::text::escape(&error.to_string())
-            ));
-        }
-        self.watched_ids = ids;
-    }
-
     fn sample(&mut self) -> Sample {
         self.confirm_writers();
         let mut images: Vec<ImageSample> = self
@@ -289,7 +255,7 @@ impl Looker {
                 ImageSample { path: e.path.clone(), ..i.clone() }
             })
             .collect();
-        let loops = loop_devices::read(&self.roots);
+        let loops = self.loop_devices();
         let mut processes = BTreeMap::new();
         for image in &mut images {
             // Our own output may lie among the images; our own locks are shown.
@@ -302,16 +268,7 @@ impl Looker {
                 }
             }
             image.descriptors.retain(|d| processes.contains_key(&d.pid));
-            let on_it = loops.iter().filter(|d| d.backing == Some(image.file));
-            let mounted = |name: &str| {
-                let device = format!("/dev/{name}");
-                self.mounts.as_ref().and_then(|m| m.from_source(&device)).map(|m| m.point.clone())
-            };
-            let words = |d: &LoopDevice| match mounted(&d.name) {
-                Some(point) => format!("{}, mounted on {}", d.name, crate::text::escape_path(&point)),
-                None => d.name.clone(),
-            };
-            image.loop_devices = on_it.map(words).collect();
+            image.loop_devices = loops.iter().filter(|(file, _)| *file == image.file).map(|(_, d)| d.clone()).collect();
         }
         let mut deleted: Vec<DeletedImage> = self.search.deleted().to_vec();
         deleted.retain(|d| self.catalog.covers(&d.path));
@@ -320,7 +277,7 @@ impl Looker {
             processes.extend(self.search.facts(pid).map(|f| (pid, f.clone())));
         }
         deleted.retain(|d| processes.contains_key(&d.descriptor.pid));
-        let proc_options = self.mounts.as_ref().and_then(|m| m.at(&self.roots.proc)).map(|m| m.options.clone());
+        let proc_options = self.storage.mounts().and_then(|m| m.at(&self.roots.proc)).map(|m| m.options.clone());
         let mut troubles = self.catalog.troubles().to_vec();
         troubles.extend(self.troubles.iter().cloned());
         Sample {

@@ -8,7 +8,7 @@ use super::frame::short_path;
 use super::{HEAD_ROWS, Model, Piece, Theme, mark_selected, put};
 use crate::linux::descriptors::OpenMode;
 use crate::monitor::snapshot::{ByteState, ByteView, Image, Verdict};
-use crate::monitor::wording::{byte_mark, format_text, holders_text, role_text, short_holders_text, size_text};
+use crate::monitor::wording::{byte_mark, format_text, holders_text, role_text_at, short_holders_text, size_text};
 use crate::protocol::Permission;
 use crate::text::{cut_middle, pad_end, pad_start, to_ascii, width};
 use crate::tui::sort::{Column, Order, rank};
@@ -69,7 +69,8 @@ pub(super) fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect
     let rows = images.iter().zip(names.iter().zip(&holders)).enumerate().skip(model.top).take(body.height.into());
     for (screen_row, (row, (image, (name, holders)))) in (0u16..).zip(rows) {
         let is_selected = selected == Some(row);
-        put(buffer, theme, body, screen_row, &cells(&columns, theme, image, (name, holders), is_selected));
+        let role = role_text_at(image, model.shown_at());
+        put(buffer, theme, body, screen_row, &cells(&columns, theme, image, (name, holders, &role), is_selected));
         if is_selected {
             mark_selected(buffer, theme, body, screen_row);
         }
@@ -115,7 +116,7 @@ fn cells<'a>(
     columns: &Columns,
     theme: &Theme,
     image: &Image,
-    (name, holders): (&str, &str),
+    (name, holders, role): (&str, &str, &str),
     is_selected: bool,
 ) -> Vec<Piece<'a>> {
     let worst = worst_style(theme, image);
@@ -140,7 +141,7 @@ fn cells<'a>(
         pieces.push((byte_mark(byte).to_string().into(), mark_style(theme, byte)));
     }
     if columns.role > 0 {
-        pieces.push((format!("  {}", pad_end(&role_text(image), columns.role)).into(), worst));
+        pieces.push((format!("  {}", pad_end(role, columns.role)).into(), worst));
     }
     if columns.holders {
         pieces.push((format!("  {holders}").into(), theme.text));

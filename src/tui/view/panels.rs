@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use jiff::Timestamp;
 use ratatui::buffer::Buffer;
 use ratatui::layout::Rect;
 use ratatui::style::Style;
@@ -17,7 +18,7 @@ use crate::monitor::change::ChangeKind;
 use crate::monitor::finding::Severity;
 use crate::monitor::snapshot::{ByteState, ByteView, Holder, Image, Snapshot, Verdict};
 use crate::monitor::what_if::chain;
-use crate::monitor::wording::{access_text, holder_name, holders_text, process_name, range_text, role_text};
+use crate::monitor::wording::{access_text, holder_name, holders_text, process_name, range_text, role_text_at};
 use crate::text::{cut_middle, escape, escape_path, pad_end, size, span, to_ascii, width};
 use crate::tui::model::{Panel, Table};
 use crate::tui::theme::Look;
@@ -152,11 +153,12 @@ fn uncut_lines<'a>(model: &'a Model, theme: &Theme) -> Lines<'a> {
 }
 
 /// The path, and what the header and the file system say.
-fn about<'a>(image: &Image, theme: &Theme) -> Vec<Piece<'a>> {
+fn about<'a>(image: &Image, now: Timestamp, theme: &Theme) -> Vec<Piece<'a>> {
     let writers = image.openers.iter().filter(|o| o.mode == OpenMode::Write).count();
     let state = match (image.verdict, writers) {
         // "free" would be true of the locks and false of the image.
         (Verdict::Free, 1..) => "no byte held, OPEN FOR WRITING".to_owned(),
+        (Verdict::Stalled, _) => role_text_at(image, now).into_owned(),
         (verdict, _) => verdict.name().to_owned(),
     };
     let mut facts = vec![state, format!("file {}", size(image.file_size))];
@@ -168,7 +170,7 @@ fn about<'a>(image: &Image, theme: &Theme) -> Vec<Piece<'a>> {
 }
 
 fn bytes<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Lines<'a> {
-    let mut lines = vec![about(image, theme)];
+    let mut lines = vec![about(image, model.shown_at(), theme)];
     for finding in &image.findings {
         let style = match finding.severity {
             Severity::Note => theme.text,
@@ -302,7 +304,8 @@ fn chain_lines<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Lines<'
     let Some(snapshot) = &model.snapshot else { return Vec::new() };
     let state = |i: &Image| {
         let holders = holders_text(i);
-        if holders.is_empty() { role_text(i).into_owned() } else { format!("{}  {holders}", role_text(i)) }
+        let role = role_text_at(i, model.shown_at());
+        if holders.is_empty() { role.into_owned() } else { format!("{role}  {holders}") }
     };
     let mut lines = Vec::new();
     let overlays = overlays_of(snapshot, image);

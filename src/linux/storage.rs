@@ -1,0 +1,162 @@
+//! Which thread is to ask about a file, so that a dead mount holds up nothing but itself?
+//!
+//! Decided by the path's text and the mount table alone: to ask the file itself on which mount it lies would be a
+//! question that may not come back.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::lanes::{Answers, Batch, Lanes, PATIENCE};
+use super::mounts::{Mount, Mounts};
+use super::{ReadError, Roots};
+
+/// Where a question goes.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Lane {
+    /// About files on this mount, by paths without links.
+    Mount(u64),
+    /// About a path as the operator gave it: a link in it may lead to any mount.
+    Given(PathBuf),
+    /// Where the links in directories of this mount lead.
+    Links(u64),
+    /// Having inotify watch a path.
+    Watch,
+}
+
+/// The mounts, and who asks about what lies on them.
+#[derive(Debug)]
+pub struct Storage {
+    lanes: Lanes<Lane>,
+    mounts: Option<Mounts>,
+}
+
+/// Questions that were put to several lanes at once.
+#[derive(Debug)]
+pub struct Asked<A> {
+    /// For each lane, the places of its questions among all of them.
+    batches: Vec<(Vec<usize>, Batch<Lane, A>)>,
+    questions: usize,
+}
+
+impl Storage {
+    /// Reads the mounts of this process. Where they cannot be read, everything is one mount.
+    #[must_use]
+    pub fn new(roots: &Roots) -> Self {
+        Self::with_patience(roots, PATIENCE)
+    }
+
+    /// The same, with another time after which a lane counts as stuck.
+    #[must_use]
+    pub fn with_patience(roots: &Roots, patience: Duration) -> Self {
+        Self { lanes: Lanes::new(patience), mounts: Mounts::read(roots).ok() }
+    }
+
+    /// Reads the mounts again if something was mounted or unmounted since.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn refresh(&mut self, roots: &Roots) -> Result<(), ReadError> {
+        if let Some(mounts) = &mut self.mounts
+            && mounts.refresh().is_ok()
+        {
+            return Ok(());
+        }
+        self.mounts = Some(Mounts::read(roots)?);
+        Ok(())
+    }
+
+    /// The mounts, if they could be read.
+    #[must_use]
+    pub fn mounts(&self) -> Option<&Mounts> {
+        self.mounts.as_ref()
+    }
+
+    fn mount_of(&self, path: &Path) -> u64 {
+        self.mounts.as_ref().and_then(|m| m.above(path)).map_or(0, |(id, _): (u64, &Mount)| id)
+    }
+
+    /// The lane for a path without links.
+    #[must_use]
+    pub fn lane_of(&self, path: &Path) -> Lane {
+        Lane::Mount(self.mount_of(path))
+    }
+
+    /// The lane for the links in a directory.
+    #[must_use]
+    pub fn lane_of_links(&self, directory: &Path) -> Lane {
+        Lane::Links(self.mount_of(directory))
+    }
+
+    /// Puts each question to its lane, and returns at once.
+    pub fn ask<Q, A>(
+        &mut self,
+        questions: impl IntoIterator<Item = (Lane, Q)>,
+        ask: impl Fn(Q) -> A + Clone + Send + 'static,
+    ) -> Asked<A>
+    where
+        Q: Send + 'static,
+        A: Send + std::fmt::Debug + 'static,
+    {
+        let mut by_lane: BTreeMap<Lane, (Vec<usize>, Vec<Q>)> = BTreeMap::new();
+        let mut number = 0;
+        for (lane, question) in questions {
+            let (places, of_lane) = by_lane.entry(lane).or_default();
+            places.push(number);
+            of_lane.push(question);
+            number += 1;
+        }
+        let batches = by_lane
+            .into_iter()
+            .map(|(lane, (places, questions))| (places, self.lanes.ask(&lane, questions, ask.clone())))
+            .collect();
+        Asked { batches, questions: number }
+    }
+
+    /// The answers, in the order of the questions: `Err` with the time since when the lane is stuck where none came.
+    pub fn wait<A: Send + std::fmt::Debug + 'static>(&mut self, asked: Asked<A>) -> Vec<Result<A, Duration>> {
+        let mut all: Vec<Result<A, Duration>> = (0..asked.questions).map(|_| Err(Duration::ZERO)).collect();
+        for (places, batch) in asked.batches {
+            let Answers { answers, stuck_since } = self.lanes.wait(&batch);
+            let stuck_for = stuck_since.map_or(Duration::ZERO, |since| since.elapsed());
+            let mut answers = answers.into_iter();
+            for place in places {
+                all[place] = answers.next().ok_or(stuck_for);
+            }
+        }
+        all
+    }
+
+    /// Asks and waits.
+    pub fn answers<Q, A>(
+        &mut self,
+        questions: impl IntoIterator<Item = (Lane, Q)>,
+        ask: impl Fn(Q) -> A + Clone + Send + 'static,
+    ) -> Vec<Result<A, Duration>>
+    where
+        Q: Send + 'static,
+        A: Send + std::fmt::Debug + 'static,
+    {
+        let asked = self.ask(questions, ask);
+        self.wait(asked)
+    }
+
+    /// Whether nothing comes back in `lane` now.
+    pub fn is_stuck(&mut self, lane: &Lane) -> bool {
+        self.lanes.stuck_since(lane).is_some()
+    }
+
+    /// The lanes that were stuck and are no more, since this was last asked.
+    pub fn recovered(&mut self) -> Vec<Lane> {
+        self.lanes.recovered()
+    }
+
+    /// Ends the threads for mounts that are no more.
+    pub fn forget_unmounted(&mut self) {
+        let Some(mounts) = &self.mounts else { return };
+        self.lanes.retain(|lane| match lane {
+            Lane::Mount(id) | Lane::Links(id) => *id == 0 || mounts.has(*id),
+            Lane::Given(_) | Lane::Watch => true,
+        });
+    }
+}

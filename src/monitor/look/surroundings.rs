@@ -1,0 +1,112 @@
+//! What do the images stand on, and what stands on them?
+//!
+//! Backing files, which may lie on other storage than the image that names them, and loop devices. Both are looked at by
+//! path, which may wait for a file system, and neither is opened.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::super::sample::Backing;
+use super::Looker;
+use crate::image::catalog::Entry;
+use crate::image::header;
+use crate::linux::identity::{FileId, FileKind, FileStatus, status};
+use crate::linux::loop_devices;
+use crate::text::escape_path;
+
+pub(super) struct KnownBacking {
+    asked_at: Instant,
+    backing: Backing,
+}
+
+/// Where a backing file's name leads is asked this often.
+const BACKING_AGE: Duration = Duration::from_secs(5);
+
+/// The files under loop devices, by the device and the path that sysfs names.
+#[derive(Default)]
+pub(super) struct LoopFiles(HashMap<(String, PathBuf), Option<FileId>>);
+
+impl LoopFiles {
+    /// Has the next look ask again.
+    pub(super) fn forget(&mut self) {
+        self.0.clear();
+    }
+}
+
+fn find(path: PathBuf) -> Backing {
+    let is_image = |s: &FileStatus| matches!(s.kind, FileKind::Regular | FileKind::Block);
+    let file = status(&path).ok().filter(is_image).map(|s| s.id);
+    let path = if file.is_some() { path.canonicalize().unwrap_or(path) } else { path };
+    Backing { path, file, answered: true }
+}
+
+impl Looker {
+    /// Finds the files that the headers of `targets` name as their backing files.
+    pub(super) fn find_backings(&mut self, targets: &[Arc<Entry>]) {
+        let named: Vec<(PathBuf, PathBuf)> = targets
+            .iter()
+            .filter_map(|entry| {
+                let header = self.images.get(&entry.resolved)?.header.as_ref()?;
+                let path = header::backing_path(&entry.resolved, header.backing_file.as_ref()?)?;
+                Some((entry.resolved.clone(), path))
+            })
+            .collect();
+        let fresh = |path: &Path| {
+            let known = self.backings.get(path);
+            known.is_some_and(|k| k.backing.file.is_some() && k.asked_at.elapsed() < BACKING_AGE)
+        };
+        let mut due: Vec<PathBuf> = named.iter().map(|(_, path)| path).filter(|p| !fresh(p)).cloned().collect();
+        due.sort_unstable();
+        due.dedup();
+        let questions: Vec<_> = due.iter().map(|path| (self.storage.lane_of(path), path.clone())).collect();
+        let answers = self.storage.answers(questions, find);
+        for (path, answer) in due.into_iter().zip(answers) {
+            let backing = answer.unwrap_or_else(|_| {
+                let known = self.backings.remove(&path).map(|k| k.backing);
+                Backing {
+                    answered: false,
+                    ..known.unwrap_or(Backing { path: path.clone(), file: None, answered: false })
+                }
+            });
+            self.backings.insert(path, KnownBacking { asked_at: Instant::now(), backing });
+        }
+        for (resolved, path) in named {
+            let backing = self.backings.get(&path).map(|k| k.backing.clone());
+            if let Some(image) = self.images.get_mut(&resolved) {
+                image.backing = backing;
+            }
+        }
+    }
+
+    /// Forgets backing files that no image names any more.
+    pub(super) fn forget_backings(&mut self) {
+        self.backings.retain(|_, known| known.asked_at.elapsed() < BACKING_AGE * 12);
+    }
+
+    /// The files under loop devices, and each device in words, with where its file system is mounted.
+    pub(super) fn loop_devices(&mut self) -> Vec<(FileId, String)> {
+        let devices = loop_devices::read(&self.roots);
+        let unknown = |d: &&loop_devices::LoopDevice| !self.loop_files.0.contains_key(&d.key());
+        let due: Vec<_> = devices.iter().filter(unknown).map(loop_devices::LoopDevice::key).collect();
+        let questions: Vec<_> = due.iter().map(|(_, path)| (self.storage.lane_of(path), path.clone())).collect();
+        let answers = self.storage.answers(questions, |path: PathBuf| status(&path).ok().map(|s| s.id));
+        for (key, answer) in due.into_iter().zip(answers) {
+            // What did not answer is asked again at the next look.
+            if let Ok(file) = answer {
+                self.loop_files.0.insert(key, file);
+            }
+        }
+        let words = |device: &loop_devices::LoopDevice| {
+            let file = (*self.loop_files.0.get(&device.key())?)?;
+            let mounts = self.storage.mounts();
+            let words = match mounts.and_then(|m| m.from_source(&format!("/dev/{}", device.name))) {
+                Some(mount) => format!("{}, mounted on {}", device.name, escape_path(&mount.point)),
+                None => device.name.clone(),
+            };
+            Some((file, words))
+        };
+        devices.iter().filter_map(words).collect()
+    }
+}
