@@ -6,8 +6,9 @@
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -17,9 +18,11 @@ use nix::unistd::Pid;
 
 use super::exit::{Exit, Failure};
 use super::inquiry::{Inquiry, parse_operation};
+use super::patience::{no_answer, patiently};
 use super::{Common, layout, parse_time, roots};
 use crate::hold::{AcquireError, HeldAccess, PATIENCE_STEP};
 use crate::image::chain;
+use crate::linux::lanes::PATIENCE;
 use crate::linux::probe::OpenError;
 use crate::monitor::what_if::holders_on;
 use crate::protocol::{Access, Operation, Permission, PermissionSet};
@@ -82,13 +85,17 @@ pub(super) fn hold(args: &HoldArgs, common: &Common) -> Result<Exit, Failure> {
     }
     // Before any thread is started.
     let mut signals = Signals::take_over(&[ENDING[0], ENDING[1], ENDING[2], Signal::SIGCHLD])?;
-    let wanted = wanted(args)?;
+    let (image, operation, access) = (args.image.clone(), args.operation, args.access());
+    let wanted = patiently(move || wanted(&image, operation, access)).ok_or_else(|| no_answer(&args.image))??;
+    let wanted = Arc::new(wanted);
     let deadline = Instant::now() + args.wait.unwrap_or_default();
     let held = loop {
-        match take_all(&wanted) {
-            Ok(held) => break held,
-            Err(AcquireError::Conflict { .. }) if Instant::now() < deadline => {}
-            Err(error) => return refused(args, common, error),
+        match attempt(&wanted, deadline, &mut signals)? {
+            Attempt::Taken(held) => break held,
+            Attempt::Refused(AcquireError::Conflict { .. }) if Instant::now() < deadline => {}
+            Attempt::Refused(error) => return refused(args, common, error),
+            Attempt::NoAnswer => return Err(no_answer(&args.image)),
+            Attempt::Ended(signal) => return Ok(Exit::Signal(signal as i32)),
         }
         // No event tells of a lock that is let go; a signal ends the waiting.
         let step = PATIENCE_STEP.min(deadline.saturating_duration_since(Instant::now()));
@@ -101,29 +108,76 @@ pub(super) fn hold(args: &HoldArgs, common: &Common) -> Result<Exit, Failure> {
     if args.command.is_empty() { keep(args, held, &mut signals) } else { run(args, held, &mut signals) }
 }
 
-fn wanted(args: &HoldArgs) -> Result<Vec<Wanted>, Failure> {
-    let set = |list: &[Permission]| list.iter().copied().collect::<PermissionSet>();
-    let Some(operation) = args.operation else {
-        let access = Access::new(set(&args.permissions), set(&args.unshare));
-        return Ok(vec![Wanted { path: args.image.clone(), accesses: vec![access] }]);
+impl HoldArgs {
+    /// What `--permissions` and `--unshare` name.
+    fn access(&self) -> Access {
+        let set = |list: &[Permission]| list.iter().copied().collect::<PermissionSet>();
+        Access::new(set(&self.permissions), set(&self.unshare))
+    }
+}
+
+enum Attempt {
+    Taken(Vec<HeldAccess>),
+    Refused(AcquireError),
+    NoAnswer,
+    Ended(Signal),
+}
+
+/// Tries on a thread of its own: where the storage does not answer, a signal must still end this program, and with it
+/// whatever that thread may yet take.
+fn attempt(wanted: &Arc<Vec<Wanted>>, deadline: Instant, signals: &mut Signals) -> Result<Attempt, Failure> {
+    let (over, tell) = io::pipe()?;
+    let (answer, answered) = mpsc::channel();
+    let wanted = Arc::clone(wanted);
+    let take = move || {
+        let _ = answer.send(take_all(&wanted));
+        drop(tell);
+    };
+    std::thread::Builder::new().name("attempt".to_owned()).spawn(take)?;
+    let until = deadline.max(Instant::now() + PATIENCE);
+    loop {
+        match answered.try_recv() {
+            Ok(Ok(held)) => return Ok(Attempt::Taken(held)),
+            Ok(Err(error)) => return Ok(Attempt::Refused(error)),
+            Err(mpsc::TryRecvError::Empty | mpsc::TryRecvError::Disconnected) => {}
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(Attempt::NoAnswer);
+        }
+        let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(over.as_fd(), PollFlags::empty())];
+        match poll(&mut fds, timeout_of(left)) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(Failure::error(e)),
+        }
+        match signals.receive() {
+            Some(received) if received.signal != Signal::SIGCHLD => return Ok(Attempt::Ended(received.signal)),
+            _ => {}
+        }
+    }
+}
+
+fn wanted(image: &Path, operation: Option<&'static Operation>, access: Access) -> Result<Vec<Wanted>, Failure> {
+    let Some(operation) = operation else {
+        return Ok(vec![Wanted { path: image.to_owned(), accesses: vec![access] }]);
     };
     // Opened as it will be for the lock, so that what is wrong with it is told in the same words.
-    HeldAccess::nothing(&args.image).map_err(failure)?;
-    let header = args.image.canonicalize().ok().and_then(|p| chain::read(&p)).map(|(_, header)| header);
+    HeldAccess::nothing(image).map_err(failure)?;
+    let header = image.canonicalize().ok().and_then(|p| chain::read(&p)).map(|(_, header)| header);
     let Some(header) = header else {
-        let path = escape_path(&args.image);
+        let path = escape_path(image);
         return Err(Failure::new(
             Exit::CannotTell,
             format!("{path}: its header cannot be read: its format is unknown"),
         ));
     };
     let Some(recipe) = operation.recipe(header.format.family()) else {
-        let path = escape_path(&args.image);
+        let path = escape_path(image);
         return Err(Failure::error(format!("{path}: {} is not known for {}", operation.name, header.format.name())));
     };
-    let mut wanted = vec![Wanted { path: args.image.clone(), accesses: recipe.accesses() }];
+    let mut wanted = vec![Wanted { path: image.to_owned(), accesses: recipe.accesses() }];
     if !operation.backing.is_empty() {
-        let below = chain::files_below(&args.image).into_iter();
+        let below = chain::files_below(image).into_iter();
         wanted.extend(below.map(|f| Wanted { path: f.path, accesses: vec![operation.backing.of(f.family)] }));
     }
     wanted.retain(|w| !w.accesses.is_empty());
@@ -175,11 +229,13 @@ fn refused(args: &HoldArgs, common: &Common, error: AcquireError) -> Result<Exit
     Ok(Exit::Status(args.conflict_exit_code))
 }
 
+/// Rounded up: a wait of less than a millisecond is none.
+fn timeout_of(limit: Duration) -> PollTimeout {
+    PollTimeout::try_from(limit + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX)
+}
+
 fn next_signal(signals: &mut Signals, limit: Option<Duration>) -> Result<Option<Received>, Failure> {
-    let timeout = limit.map_or(PollTimeout::NONE, |l| {
-        // Rounded up: a wait of less than a millisecond is none.
-        PollTimeout::try_from(l + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX)
-    });
+    let timeout = limit.map_or(PollTimeout::NONE, timeout_of);
     match poll(&mut [PollFd::new(signals.as_fd(), PollFlags::POLLIN)], timeout) {
         Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(signals.receive()),
         Err(e) => Err(Failure::error(e)),

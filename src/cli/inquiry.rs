@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use super::exit::{Exit, Failure};
+use super::patience::{no_answer, patiently};
 use crate::image::chain;
 use crate::linux::Roots;
 use crate::linux::identity::{FileKind, status};
@@ -22,18 +23,24 @@ pub(super) struct Inquiry {
 impl Inquiry {
     /// Looks at `image` and the files below it.
     pub(super) fn make(image: &Path, roots: Roots) -> Result<Self, Failure> {
-        if status(image).is_ok_and(|s| s.kind == FileKind::Directory) {
+        let (path, name) = (image.to_owned(), image.to_owned());
+        let is_directory = move || status(&path).is_ok_and(|s| s.kind == FileKind::Directory);
+        if patiently(is_directory) == Some(true) {
             let path = escape_path(image);
             return Err(Failure::error(format!(
                 "{path} is a directory: name one image; qlock-top list {path} shows all"
             )));
         }
         let mut paths = vec![image.to_owned()];
-        paths.extend(chain::files_below(image).into_iter().map(|f| f.path));
+        // Where the chain does not answer, the look that follows says which file of it.
+        let below = patiently(move || chain::files_below(&name)).unwrap_or_default();
+        paths.extend(below.into_iter().map(|f| f.path));
         let snapshot = Snapshot::of(&Looker::new(roots, &paths, false, None)?.look(Scope::Everything));
         let inquiry = Self { snapshot, path: image.to_owned() };
         match inquiry.snapshot.images.iter().any(|i| i.path == inquiry.path) {
             true => Ok(inquiry),
+            // It could not even be found: the only thing that can be wrong with a path that was there.
+            false if !inquiry.snapshot.troubles.is_empty() => Err(no_answer(image)),
             false => Err(gone(image)),
         }
     }

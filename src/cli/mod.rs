@@ -7,6 +7,7 @@ pub mod exit;
 mod hold;
 mod inquiry;
 mod pasted;
+mod patience;
 mod wait;
 mod why;
 
@@ -27,6 +28,7 @@ use crate::tui;
 use commands::{keep_scene, list, watch};
 use exit::{Exit, Failure};
 use inquiry::parse_operation;
+use patience::patiently;
 
 /// Shows who holds the locks that QEMU takes on disk images.
 #[derive(Debug, Parser)]
@@ -261,11 +263,14 @@ fn roots(common: &Common) -> Roots {
 }
 
 fn or_default(paths: Vec<PathBuf>) -> Result<Vec<PathBuf>, Failure> {
+    if !paths.is_empty() {
+        return Ok(paths);
+    }
     let usual = Path::new("/var/lib/libvirt/images");
-    match (paths.is_empty(), usual.is_dir()) {
-        (false, _) => Ok(paths),
-        (true, true) => Ok(vec![usual.to_owned()]),
-        (true, false) => Err(Failure::error(
+    // One that does not answer is there, and is told as not answering.
+    match patiently(|| usual.is_dir()) {
+        Some(true) | None => Ok(vec![usual.to_owned()]),
+        Some(false) => Err(Failure::error(
             "which images? There is no /var/lib/libvirt/images, which is looked at where no PATH is given. Name a \
              directory, an image file or a block device; or try qlock-top demo",
         )),

@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use super::commands::unless_closed;
 use super::exit::{Exit, Failure};
 use super::inquiry::Inquiry;
+use super::patience::patiently;
 use super::{Common, ListFormat, layout, roots};
+use crate::linux::Roots;
 use crate::linux::identity::{FileId, FileKind, status};
 use crate::linux::mount_namespaces;
 use crate::linux::process;
@@ -90,7 +92,10 @@ fn answer(
         lines.push("  on a file below the image: its backing file".to_owned());
     }
     let named = report.images.first().map_or("", String::as_str);
-    let (meant, note) = find(report, common);
+    let (images, from) = (report.images.clone(), roots(common));
+    let found = patiently(move || find(&images, &from));
+    let (meant, note) =
+        found.unwrap_or_else(|| (Vec::new(), "the storage of the image that it names does not answer".to_owned()));
     if meant.is_empty() {
         lines.push(format!("  cannot tell: {note}"));
         let answer = PastedAnswer {
@@ -192,10 +197,10 @@ fn on_image(inquiry: &Inquiry, byte: Option<LockByte>) -> (Vec<String>, Option<b
 }
 
 /// The files that the message may mean, or why there is none.
-fn find(report: &Report, common: &Common) -> (Vec<Meant>, String) {
+fn find(images: &[String], roots: &Roots) -> (Vec<Meant>, String) {
     let mut meant: Vec<Meant> = Vec::new();
     let mut note = "the message names no image: qlock-top why IMAGE says how one stands".to_owned();
-    for named in &report.images {
+    for named in images {
         let path = Path::new(named);
         let here = status(path).ok().filter(|s| matches!(s.kind, FileKind::Regular | FileKind::Block));
         if let Some(found) = here {
@@ -207,9 +212,9 @@ fn find(report: &Report, common: &Common) -> (Vec<Meant>, String) {
             note =
                 format!("{shown} is a relative name, and no such image is in this directory: go to where it was used");
         } else {
-            match mount_namespaces::find(&roots(common), path) {
+            match mount_namespaces::find(roots, path) {
                 Ok(search) => {
-                    note = inside(&search, named, &mut meant, common);
+                    note = inside(&search, named, &mut meant, roots);
                 }
                 Err(error) => note = format!("{shown} is not here, and other mount namespaces cannot be seen: {error}"),
             }
@@ -222,14 +227,14 @@ fn find(report: &Report, common: &Common) -> (Vec<Meant>, String) {
 }
 
 /// Adds what other mount namespaces have under the name; says what is to be said where that is nothing.
-fn inside(search: &mount_namespaces::Search, named: &str, meant: &mut Vec<Meant>, common: &Common) -> String {
+fn inside(search: &mount_namespaces::Search, named: &str, meant: &mut Vec<Meant>, roots: &Roots) -> String {
     let shown = escape(named);
     let mut unreachable = Vec::new();
     for found in search.found.iter() {
         if meant.iter().any(|m| m.file == found.file) {
             continue;
         }
-        let command = process::brief(&roots(common), found.pid).map(|b| escape(&b.command).into_owned());
+        let command = process::brief(roots, found.pid).map(|b| escape(&b.command).into_owned());
         let of = format!("{} {}", command.unwrap_or_default(), found.pid);
         match &found.here {
             Some(here) => {

@@ -5,6 +5,7 @@
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -13,7 +14,9 @@ use super::exit::{Exit, Failure};
 use super::inquiry::{Inquiry, gone, not_for};
 use super::{Common, layout, roots};
 use crate::hold::PATIENCE_STEP;
+use crate::linux::lanes::PATIENCE;
 use crate::linux::probe::{self, Asker, OpenError};
+use crate::linux::storage::{Lane, Storage};
 use crate::monitor::what_if::{Outcome, WhatIf, chain, what_if};
 use crate::protocol::{Access, HeldByOthers, Judgement, Operation, Recipe, judge};
 use crate::report::why;
@@ -32,17 +35,18 @@ pub(super) fn wait(
     common: &Common,
 ) -> Result<Exit, Failure> {
     let start = Instant::now();
-    let mut awaited = Vec::new();
+    let mut awaited: Vec<Arc<Awaited>> = Vec::new();
     for path in images {
         match ask(path, operation, common)? {
             (_, answer) if matches!(answer.outcome, Outcome::Unknown(_)) => return blind(path, operation, common),
-            (inquiry, _) => awaited.push(Awaited::of(&inquiry, operation)?),
+            (inquiry, _) => awaited.push(Arc::new(Awaited::of(&inquiry, operation)?)),
         }
     }
+    let mut storage = Storage::with_patience(&roots(common), timeout.map_or(PATIENCE, |t| t.min(PATIENCE)));
     loop {
         let mut all_pass = true;
-        for image in &awaited {
-            match image.passes() {
+        for (image, answer) in awaited.iter().zip(ask_all(&awaited, &mut storage)) {
+            match answer {
                 Ok(passes) => all_pass &= passes,
                 Err(Trouble::Gone) => return Err(gone(&image.path)),
                 Err(Trouble::Blind) => return blind(&image.path, operation, common),
@@ -53,7 +57,7 @@ pub(super) fn wait(
         }
         let left = timeout.map(|t| t.saturating_sub(start.elapsed()));
         if left == Some(Duration::ZERO) {
-            return time_is_up(&awaited, operation, common);
+            return time_is_up(&awaited, &mut storage, operation, common);
         }
         // No event tells of a lock that is let go: see `PATIENCE_STEP`.
         std::thread::sleep(left.map_or(PATIENCE_STEP, |l| l.min(PATIENCE_STEP)));
@@ -82,14 +86,32 @@ fn tell(path: &Path, operation: &'static Operation, common: &Common) -> Result<(
     Ok(())
 }
 
-fn time_is_up(awaited: &[Awaited], operation: &'static Operation, common: &Common) -> Result<Exit, Failure> {
+/// Storage that does not answer lets nobody in either: it is waited for like a holder.
+fn ask_all(awaited: &[Arc<Awaited>], storage: &mut Storage) -> Vec<Result<bool, Trouble>> {
+    let questions = awaited.iter().map(|image| (Lane::Given(image.path.clone()), Arc::clone(image)));
+    let answers = storage.answers(questions, |image: Arc<Awaited>| image.passes());
+    answers.into_iter().map(|answer| answer.unwrap_or(Ok(false))).collect()
+}
+
+fn time_is_up(
+    awaited: &[Arc<Awaited>],
+    storage: &mut Storage,
+    operation: &'static Operation,
+    common: &Common,
+) -> Result<Exit, Failure> {
     let _ = writeln!(io::stderr(), "qlock-top: time is up");
-    for image in awaited.iter().filter(|i| !matches!(i.passes(), Ok(true))) {
-        tell(&image.path, operation, common)?;
+    for (image, answer) in awaited.iter().zip(ask_all(awaited, storage)) {
+        if !matches!(answer, Ok(true)) {
+            // What cannot even be told now does not make it another status.
+            if let Err(failure) = tell(&image.path, operation, common) {
+                let _ = writeln!(io::stderr(), "qlock-top: {failure}");
+            }
+        }
     }
     Ok(Exit::TimedOut)
 }
 
+#[derive(Debug)]
 enum Trouble {
     Gone,
     Blind,

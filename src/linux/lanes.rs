@@ -11,8 +11,8 @@ use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// So long nobody who can answer takes: a disk that spins up, a server that fails over to another.
-pub const PATIENCE: Duration = Duration::from_secs(2);
+/// Longer than storage that works takes. A disk that has to spin up is told as not answering until it does.
+pub const PATIENCE: Duration = Duration::from_secs(1);
 
 type Job = Box<dyn FnOnce() + Send>;
 

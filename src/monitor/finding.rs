@@ -11,6 +11,7 @@ use super::snapshot::{Holder, Image, Opener, Verdict};
 use super::wording::{process_name, range_text};
 use crate::linux::descriptors::OpenMode;
 use crate::linux::lock_table::{LockKind, LockMode};
+use crate::linux::mounts::Reach;
 use crate::linux::process::ProcessFacts;
 use crate::protocol::{Access, Permission, PermissionSet};
 use crate::text::{counted, escape, escape_path};
@@ -48,7 +49,9 @@ pub fn findings(image: &Image, raw: &ImageSample, sample: &Sample) -> Vec<Findin
     let mut all = Vec::new();
     all.extend(unanswered(image, raw));
     all.extend(without_holder(image, raw, sample));
-    all.extend(image.openers.iter().filter(|o| o.mode == OpenMode::Write).map(|o| unlocked_writer(image, o)));
+    if !may_be_held_by_openers(image, raw) {
+        all.extend(image.openers.iter().filter(|o| o.mode == OpenMode::Write).map(|o| unlocked_writer(image, o)));
+    }
     all.extend(shared_writers(image));
     all.extend(loop_device(image, raw));
     all.extend(local_locks(image, raw));
@@ -89,6 +92,28 @@ fn filesystem(image: &Image) -> String {
     format!("{} {}", escape(&image.filesystem.kind), escape(&image.filesystem.source))
 }
 
+/// Whether the image lies on a FUSE mount whose server keeps the locks: then a descriptor does not show what it holds.
+fn may_be_held_by_openers(image: &Image, raw: &ImageSample) -> bool {
+    let fuse = raw.mount.as_ref().is_some_and(|m| m.reach == Reach::Fuse);
+    fuse && !image.ownerless().is_empty() && !image.openers.is_empty()
+}
+
+/// The owners that the server of a mount names. It may name any number, also that of an innocent process here.
+fn word_of_server(raw: &ImageSample) -> String {
+    let Answer::Bytes(found) = &raw.answer else { return String::new() };
+    let mut pids: Vec<u32> = found.locks.iter().map(|l| l.pid.unsigned_abs()).filter(|pid| *pid > 1).collect();
+    pids.sort_unstable();
+    pids.dedup();
+    match pids.as_slice() {
+        [] => String::new(),
+        [pid] => format!(" (its server names pid {pid} there)"),
+        many => {
+            let many: Vec<String> = many.iter().map(u32::to_string).collect();
+            format!(" (its server names pids {} there)", many.join(", "))
+        }
+    }
+}
+
 fn without_holder(image: &Image, raw: &ImageSample, sample: &Sample) -> Option<Finding> {
     match image.verdict {
         Verdict::HeldByKernel if raw.loop_devices.is_empty() => Some(finding(
@@ -105,13 +130,20 @@ fn without_holder(image: &Image, raw: &ImageSample, sample: &Sample) -> Option<F
             "held-elsewhere",
             Severity::Warning,
             format!(
-                "locked, but not on this host: look on the others that use {}; or a stale lock there",
-                filesystem(image)
+                "locked, but not on this host: look on the others that use {}{}; or a stale lock there",
+                filesystem(image),
+                word_of_server(raw)
             ),
         )),
         Verdict::Unknown if matches!(raw.answer, Answer::Bytes(_)) => {
             // No numbers here: they change with every process on the host, and this does not.
-            let why = if sample.hidden_processes > 0 {
+            let why = if may_be_held_by_openers(image, raw) {
+                let mut who: Vec<String> = image.openers.iter().map(|o| process_name(&o.process)).collect();
+                who.dedup();
+                let who = who.join(", ");
+                let filesystem = filesystem(image);
+                &format!("the server of {filesystem} keeps the locks; here {who} has it open, and other hosts may too")
+            } else if sample.hidden_processes > 0 {
                 "it may be one of the processes that may not be read; root sees the most"
             } else if sample.sees_all_processes {
                 "the kernel's lock table did not list the lock: look again"
@@ -275,7 +307,7 @@ fn legacy_bytes(image: &Image) -> Option<Finding> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linux::mounts::{Mount, Reach};
+    use crate::linux::mounts::Mount;
     use crate::monitor::examples::{descriptor, holds, image, mount, process, sample};
     use crate::monitor::sample::{Backing, DeletedImage};
     use crate::monitor::snapshot::Snapshot;

@@ -180,12 +180,15 @@ fn verdict(image: &ImageSample, sample: &Sample, bytes: &[ByteView]) -> Verdict 
         return Verdict::Free;
     }
     let everyone_read = sample.hidden_processes == 0 && sample.sees_all_processes;
-    let shared = image.mount.as_ref().is_some_and(|m| m.reach != Reach::Local);
+    let reach = image.mount.as_ref().map_or(Reach::Local, |m| m.reach);
     let without_holder = bytes.iter().filter(held).filter(|b| b.holders.is_empty()).map(|b| {
         let in_table = image.table_rows.iter().any(|r| r.counts() && r.covers(b.byte.offset()));
-        match (in_table, everyone_read, shared) {
+        match (in_table, everyone_read, reach) {
             (true, true, _) => Verdict::HeldByKernel,
-            (false, _, true) => Verdict::HeldElsewhere,
+            (false, _, Reach::Remote) => Verdict::HeldElsewhere,
+            // A FUSE server may keep the locks of this host too, and then neither table nor descriptor shows them: only
+            // where nobody here has the file open is it certain that it is somebody else.
+            (false, true, Reach::Fuse) if image.descriptors.is_empty() => Verdict::HeldElsewhere,
             // On a local file system GETLK and the table must agree; where they do not, a row was missed, or belongs to
             // another pid namespace.
             _ => Verdict::Unknown,
@@ -200,6 +203,7 @@ mod tests {
     use super::*;
     use crate::linux::descriptors::OpenMode;
     use crate::linux::lock_table::parse_line;
+    use crate::linux::probe::LockFound;
     use crate::monitor::examples::{access, descriptor, holds, image, mount, process, rows, sample};
     use crate::monitor::snapshot::Snapshot;
 
@@ -242,8 +246,40 @@ mod tests {
             let (verdict, seen) = verdict_of(remote.clone(), same);
             assert_eq!(verdict, Verdict::HeldElsewhere);
             assert!(seen.findings[0].text.contains("filer:/vol"), "{}", seen.findings[0].text);
-            assert_eq!(verdict_of(remote, |s| s.hidden_processes = 3).0, Verdict::HeldElsewhere);
+            let with_hidden = if reach == Reach::Fuse { Verdict::Unknown } else { Verdict::HeldElsewhere };
+            assert_eq!(verdict_of(remote, |s| s.hidden_processes = 3).0, with_hidden);
         }
+    }
+
+    #[test]
+    fn where_a_fuse_server_keeps_the_locks_whoever_has_it_open_may_hold_them() {
+        let opener = descriptor(43, 3, OpenMode::Write, Vec::new());
+        let fuse = ImageSample {
+            mount: Some(mount("fuse.glusterfs", Reach::Fuse)),
+            table_rows: Vec::new(),
+            descriptors: vec![opener],
+            ..image("a", "cw/w")
+        };
+        let (verdict, seen) = verdict_of(fuse.clone(), same);
+        assert_eq!((verdict, seen.openers.len()), (Verdict::Unknown, 1));
+        let codes: Vec<&str> = seen.findings.iter().map(|f| f.code.as_str()).collect();
+        assert_eq!(codes, ["holder-unknown"], "nobody can say that it writes without a lock");
+        assert!(seen.findings[0].text.contains("dd 43"), "{}", seen.findings[0].text);
+        // Where no byte is held, nobody holds a lock.
+        let free = ImageSample { answer: image("a", "-/-").answer, ..fuse };
+        assert_eq!(verdict_of(free, same).1.findings[0].code, "unlocked-writer");
+    }
+
+    #[test]
+    fn a_pid_that_a_server_reports_is_its_word_and_no_process_here() {
+        let mut foreign =
+            ImageSample { mount: Some(mount("nfs4", Reach::Remote)), table_rows: Vec::new(), ..image("a", "cw/w") };
+        let Answer::Bytes(found) = &mut foreign.answer else { panic!("no answer") };
+        found.locks.push(LockFound { mode: LockMode::Read, start: 100, end: Some(101), pid: -42 });
+        let (verdict, seen) = verdict_of(foreign, same);
+        assert_eq!((verdict, seen.holders.len()), (Verdict::HeldElsewhere, 0));
+        let text = &seen.findings[0].text;
+        assert!(text.contains("names pid 42") && !text.contains("qemu-system-x86"), "{text}");
     }
 
     #[test]
