@@ -16,15 +16,25 @@ pub struct Signals(SignalFd);
 pub const ENDING: [Signal; 3] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM];
 
 impl Signals {
-    /// Takes over `signals` for the whole process.
+    /// Takes over `signals` for the whole process, but for those that end it and that whoever started it has it ignore,
+    /// as nohup(1) does.
     ///
     /// # Errors
     /// When no descriptor is left.
     pub fn take_over(signals: &[Signal]) -> io::Result<Self> {
-        let set: SigSet = signals.iter().copied().collect();
+        let ignored = ignored();
+        let heeded = |s: &&Signal| !(ENDING.contains(s) && ignored & (1 << (**s as u32 - 1)) != 0);
+        let set: SigSet = signals.iter().filter(heeded).copied().collect();
         set.thread_block()?;
         Ok(Self(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?))
     }
+}
+
+/// A bit for each signal that is ignored, from the line `SigIgn` of proc_pid_status(5).
+fn ignored() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = text.lines().find_map(|l| l.strip_prefix("SigIgn:"));
+    mask.and_then(|m| u64::from_str_radix(m.trim(), 16).ok()).unwrap_or_default()
 }
 
 /// A signal that came.

@@ -54,7 +54,7 @@ pub(super) struct HoldArgs {
     #[arg(short = 'E', long, value_name = "STATUS", default_value_t = 1)]
     conflict_exit_code: u8,
     /// Let the command inherit the locks: they then stay until it and all that it started have ended.
-    #[arg(long)]
+    #[arg(long, requires = "command")]
     inherit: bool,
     /// Run this while the locks are held, and end with its status.
     #[arg(value_name = "COMMAND", last = true)]
@@ -78,6 +78,8 @@ struct Wanted {
 
 /// Between the end of a command's time and its end by force.
 const GRACE: Duration = Duration::from_secs(5);
+/// For a reader that is slow to take what is said, once all has been let go.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
 pub(super) fn hold(args: &HoldArgs, common: &Common) -> Result<Exit, Failure> {
     if common.read_only {
@@ -260,12 +262,21 @@ fn keep(args: &HoldArgs, held: Vec<HeldAccess>, signals: &mut Signals) -> Result
     }
     // While nobody lends, one end stays open: then only a signal ends it.
     let _open = leases.is_empty().then_some(tell);
-    let mut out = io::stdout();
-    for line in &lines {
-        // Whoever started this waits for the line; if nobody reads it, it is held all the same.
-        let _ = writeln!(out, "{line}");
-    }
-    let _ = out.flush();
+    // Whoever started this waits for the lines. If nobody reads them, it is held all the same, and signals are heeded.
+    let (saying, said) = mpsc::channel::<()>();
+    let say = move || {
+        let _ = writeln!(io::stdout(), "{}", lines.join("\n")).and_then(|()| io::stdout().flush());
+        drop(saying);
+    };
+    std::thread::Builder::new().name("say".to_owned()).spawn(say)?;
+    let exit = end_of_hold(signals, &over)?;
+    drop((leases, kept));
+    let _ = said.recv_timeout(LAST_WORDS);
+    Ok(exit)
+}
+
+/// Waits for a signal, or until every lease is over.
+fn end_of_hold(signals: &mut Signals, over: &io::PipeReader) -> Result<Exit, Failure> {
     loop {
         let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(over.as_fd(), PollFlags::empty())];
         match poll(&mut fds, PollTimeout::NONE) {
@@ -274,10 +285,7 @@ fn keep(args: &HoldArgs, held: Vec<HeldAccess>, signals: &mut Signals) -> Result
         }
         let time_is_up = fds[1].revents().is_some_and(|r| r.contains(PollFlags::POLLHUP));
         match signals.receive() {
-            Some(received) if received.signal != Signal::SIGCHLD => {
-                drop((leases, kept));
-                return Ok(Exit::Signal(received.signal as i32));
-            }
+            Some(received) if received.signal != Signal::SIGCHLD => return Ok(Exit::Signal(received.signal as i32)),
             _ if time_is_up => return Ok(Exit::Fine),
             _ => {}
         }
@@ -322,7 +330,9 @@ fn run(args: &HoldArgs, held: Vec<HeldAccess>, signals: &mut Signals) -> Result<
                 told_to_end = true;
                 send(&child, Signal::SIGTERM);
             }
-            // The command has been told by the terminal, too.
+            // A terminal that hangs up tells the leader of its session alone, and that may be this process.
+            Some((Signal::SIGHUP, true)) => send(&child, Signal::SIGHUP),
+            // A key has been told to the command by the terminal, too.
             None | Some((Signal::SIGCHLD, _) | (_, true)) => {}
             Some((signal, false)) => send(&child, signal),
         }

@@ -160,6 +160,8 @@ enum WatchFormat {
 }
 
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
+/// No clock counts further for certain.
+const LONGEST_TIME: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 const LONGEST_INTERVAL: Duration = Duration::from_secs(3600);
 
 /// A span of time: a number and ms, s, m or h.
@@ -174,7 +176,8 @@ fn parse_time(text: &str) -> Result<Duration, String> {
         _ => return Err("write a number and ms, s, m or h, such as 500ms".to_owned()),
     };
     let number: f64 = number.parse().map_err(|_| "write a number and a unit, such as 1s".to_owned())?;
-    Duration::try_from_secs_f64(number * seconds).map_err(|e| e.to_string())
+    let time = Duration::try_from_secs_f64(number * seconds).map_err(|e| e.to_string())?;
+    if time > LONGEST_TIME { Err("must be at most 100 years".to_owned()) } else { Ok(time) }
 }
 
 /// The time between two looks.

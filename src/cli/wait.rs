@@ -48,7 +48,7 @@ pub(super) fn wait(
         for (image, answer) in awaited.iter().zip(ask_all(&awaited, &mut storage)) {
             match answer {
                 Ok(passes) => all_pass &= passes,
-                Err(Trouble::Gone) => return Err(gone(&image.path)),
+                Err(Trouble::Gone(path)) => return Err(gone(&path)),
                 Err(Trouble::Blind) => return blind(&image.path, operation, common),
             }
         }
@@ -113,7 +113,8 @@ fn time_is_up(
 
 #[derive(Debug)]
 enum Trouble {
-    Gone,
+    /// Of which file.
+    Gone(PathBuf),
     Blind,
 }
 
@@ -132,7 +133,7 @@ impl Awaited {
     }
 
     fn passes(&self) -> Result<bool, Trouble> {
-        let resolved = self.path.canonicalize().map_err(|_| Trouble::Gone)?;
+        let resolved = self.path.canonicalize().map_err(|_| Trouble::Gone(self.path.clone()))?;
         if !matches!(judge(self.recipe, held(&resolved)?), Judgement::Granted) {
             return Ok(false);
         }
@@ -149,7 +150,9 @@ impl Awaited {
 
 fn held(resolved: &Path) -> Result<HeldByOthers, Trouble> {
     let (file, _) = probe::open(resolved).map_err(|e| match e {
-        OpenError::Errno(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) | OpenError::NotAnImage => Trouble::Gone,
+        OpenError::Errno(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) | OpenError::NotAnImage => {
+            Trouble::Gone(resolved.to_owned())
+        }
         OpenError::Errno(_) => Trouble::Blind,
     })?;
     probe::held_bytes(&file, Asker::Process).map(|found| found.held_by_others()).map_err(|_| Trouble::Blind)

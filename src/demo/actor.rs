@@ -3,7 +3,7 @@
 //! It ends when its standard input does, so that no actor outlives the demo, whatever becomes of it.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, BufRead, Write};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,11 +12,11 @@ use clap::Args;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
 
-use crate::hold::HeldAccess;
+use crate::hold::{AcquireError, HeldAccess};
 use crate::protocol::Access;
 
-/// What the actor is to do: `hold IMAGE=ACCESS..`, `cycle MILLISECONDS IMAGE=ACCESS..` or `write-unlocked IMAGE`;
-/// what follows is for show, such as `-name guest=web01`.
+/// What the actor is to do: `hold IMAGE=ACCESS..`, `cycle MILLISECONDS IMAGE=ACCESS..`, `write-unlocked IMAGE` or
+/// `obey IMAGE`; what follows is for show, such as `-name guest=web01`.
 #[derive(Debug, Args)]
 pub struct ActorArgs {
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
@@ -31,7 +31,7 @@ pub enum ActorError {
     Script(String),
     /// It could not take its locks.
     #[error(transparent)]
-    Acquire(#[from] crate::hold::AcquireError),
+    Acquire(#[from] AcquireError),
     /// It could not open or wait.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -74,7 +74,24 @@ pub fn act(args: &ActorArgs) -> Result<(), ActorError> {
             wait(None)?;
             drop(file);
         }
+        ["obey", image] => obey(Path::new(image))?,
         _ => return Err(ActorError::Script(args.script.join(" "))),
+    }
+    Ok(())
+}
+
+/// Goes over to the access on each line of standard input, and answers `granted` or `refused BYTE`.
+fn obey(image: &Path) -> Result<(), ActorError> {
+    let mut held = HeldAccess::nothing(image)?;
+    ready()?;
+    for line in io::stdin().lock().lines() {
+        let line = line?;
+        let access: Access = line.parse().map_err(|_| ActorError::Script(line))?;
+        match held.change(access) {
+            Ok(()) => say("granted")?,
+            Err(AcquireError::Conflict { byte, .. }) => say(&format!("refused {}", byte.offset()))?,
+            Err(error) => return Err(error.into()),
+        }
     }
     Ok(())
 }
@@ -98,8 +115,12 @@ fn acquire(words: &[&str]) -> Result<Vec<HeldAccess>, ActorError> {
 }
 
 fn ready() -> io::Result<()> {
+    say("ready")
+}
+
+fn say(line: &str) -> io::Result<()> {
     let mut out = io::stdout();
-    out.write_all(b"ready\n").and_then(|()| out.flush())
+    writeln!(out, "{line}").and_then(|()| out.flush())
 }
 
 /// Waits for the end of standard input, at most `limit`; true if it has come.

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use super::HeldAccess;
 use crate::protocol::Access;
 
+const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
 /// Why a lease is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
@@ -39,7 +41,9 @@ impl Lease {
         on_end: impl FnOnce(Ending) + Send + 'static,
     ) -> io::Result<Self> {
         let access = held.access();
-        let until = Instant::now() + limit;
+        let now = Instant::now();
+        // A limit that no clock can count is none that anybody will see.
+        let until = now.checked_add(limit).unwrap_or(now + FOR_EVER);
         let (release, released) = sync_channel::<()>(0);
         let (doing, done) = sync_channel::<()>(0);
         let keep = move || {
@@ -130,6 +134,12 @@ mod tests {
         assert_eq!(told.recv_timeout(LONG), Ok(Ending::Deadline));
         assert!(is_free(&image));
         drop(lease);
+    }
+
+    #[test]
+    fn a_limit_that_no_clock_can_count_is_long() {
+        let (image, lease, _told) = lent(Duration::MAX);
+        assert!(!is_free(&image) && lease.until() > Instant::now() + LONG);
     }
 
     #[test]

@@ -165,12 +165,21 @@ impl<K: Clone + Eq + Hash> Lanes<K> {
     where
         A: Send + std::fmt::Debug + 'static,
     {
+        self.wait_for(batch, None)
+    }
+
+    /// The same with another patience.
+    pub fn wait_for<A>(&mut self, batch: &Batch<K, A>, patience: Option<Duration>) -> Answers<A>
+    where
+        A: Send + std::fmt::Debug + 'static,
+    {
+        let patience = patience.unwrap_or(self.patience);
         let mut state = lock(&batch.shared.state);
         let stuck_since = loop {
             if state.finished {
                 break None;
             }
-            let left = self.patience.saturating_sub(state.progress.elapsed());
+            let left = patience.saturating_sub(state.progress.elapsed());
             if left.is_zero() {
                 state.given_up = true;
                 break Some(state.progress);

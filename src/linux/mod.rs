@@ -3,6 +3,7 @@
 //! Every reader takes the root that it reads from, so that recorded trees can stand in for `/proc` and `/sys` in tests.
 //! Asks the kernel, and `protocol` for the meaning of a byte.
 
+pub mod crew;
 pub mod descriptors;
 pub mod identity;
 pub mod lanes;

@@ -43,6 +43,28 @@ pub struct ProcessFacts {
 const COMMAND_LINE_LIMIT: u64 = 128 * 1024;
 const COMMAND_LINE_KEPT: usize = 4096;
 
+/// As much as is told of a process that is stuck in exec(2): neither its command line nor its start time.
+#[must_use]
+pub fn facts_of_stuck(roots: &Roots, users: &Users, pid: i32) -> Option<ProcessFacts> {
+    let text = std::fs::read(roots.proc.join(format!("{pid}/status"))).ok()?;
+    let text = String::from_utf8_lossy(&text);
+    let line = |name: &str| text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
+    let number = |name| line(name)?.split_ascii_whitespace().next()?.parse::<u32>().ok();
+    let uid = number("Uid").unwrap_or_default();
+    Some(ProcessFacts {
+        id: ProcessId { pid, start_time: 0 },
+        parent: number("PPid").and_then(|n| i32::try_from(n).ok()).unwrap_or_default(),
+        command: line("Name")?.to_owned(),
+        command_line: String::new(),
+        uid,
+        user: users.name(uid),
+        vm: None,
+        unit: None,
+        container: None,
+        started: None,
+    })
+}
+
 /// Reads what `/proc/PID` says; `None` when the process has gone.
 #[must_use]
 pub fn facts(roots: &Roots, users: &Users, pid: i32) -> Option<ProcessFacts> {

@@ -39,6 +39,14 @@ pub struct Finding {
     pub text: String,
 }
 
+impl Finding {
+    /// Something could not be listed or read.
+    #[must_use]
+    pub fn of_trouble(trouble: &str) -> Self {
+        finding("cannot-look", Severity::Warning, escape(trouble).into_owned())
+    }
+}
+
 fn finding(code: &str, severity: Severity, text: String) -> Finding {
     Finding { code: code.to_owned(), severity, text }
 }

@@ -5,13 +5,15 @@
 //! process, here and in every cache.
 
 use std::collections::{HashMap, HashSet};
-use std::num::NonZeroUsize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::sample::DeletedImage;
+use crate::linux::crew::Crew;
 use crate::linux::descriptors::{self, NotListed, OpenDescriptor, OpenMode, ProcessEntry};
 use crate::linux::identity::{FileId, FileKind, FileStatus};
-use crate::linux::process::{self, ProcessFacts, Users};
+use crate::linux::lanes::PATIENCE;
+use crate::linux::process::{self, Brief, ProcessFacts, Users};
 use crate::linux::{ReadError, Roots};
 
 /// How much of the host a search goes through.
@@ -27,11 +29,14 @@ pub(super) enum Depth {
 
 /// What is known of who has what open.
 pub(super) struct Search {
-    roots: Roots,
-    users: Users,
+    roots: Arc<Roots>,
+    users: Arc<Users>,
+    crew: Crew,
     seen: HashMap<i32, Seen>,
     known: HashMap<FileId, Vec<OpenDescriptor>>,
     facts: HashMap<i32, ProcessFacts>,
+    /// Whose command line did not come: it is asked again.
+    half_known: HashSet<i32>,
     /// Locked files without a name, and the path each had.
     deleted: Vec<DeletedImage>,
 }
@@ -39,7 +44,7 @@ pub(super) struct Search {
 struct Seen {
     entry_inode: u64,
     descriptors: u64,
-    /// A user's process that may not be read.
+    /// A user's process that may not be read, or does not answer.
     hidden: bool,
 }
 
@@ -48,13 +53,20 @@ fn matters(descriptor: &OpenDescriptor) -> bool {
     !descriptor.locks.is_empty() || descriptor.mode == OpenMode::Write
 }
 
-/// Below this many processes a walk is done before threads for it would have started.
-const WORTH_THREADS: usize = 64;
-
 impl Search {
     pub(super) fn new(roots: Roots) -> Self {
-        let users = Users::read(Path::new("/etc/passwd"));
-        Self { roots, users, seen: HashMap::new(), known: HashMap::new(), facts: HashMap::new(), deleted: Vec::new() }
+        let users = Arc::new(Users::read(Path::new("/etc/passwd")));
+        let (roots, crew) = (Arc::new(roots), Crew::new(PATIENCE));
+        Self {
+            roots,
+            users,
+            crew,
+            seen: HashMap::new(),
+            known: HashMap::new(),
+            facts: HashMap::new(),
+            half_known: HashSet::new(),
+            deleted: Vec::new(),
+        }
     }
 
     /// The descriptors known to lead to `file`.
@@ -62,16 +74,29 @@ impl Search {
         self.known.get(&file).map_or(&[], Vec::as_slice)
     }
 
-    /// How many processes could be seen but not read.
+    /// How many processes could be seen but not read, or do not answer.
     pub(super) fn hidden(&self) -> usize {
         self.seen.values().filter(|s| s.hidden).count()
     }
 
-    /// What is known of a process; reads it the first time.
-    pub(super) fn facts(&mut self, pid: i32) -> Option<&ProcessFacts> {
-        if !self.facts.contains_key(&pid) {
-            self.facts.insert(pid, process::facts(&self.roots, &self.users, pid)?);
+    /// Reads what is not known yet of these processes.
+    pub(super) fn learn(&mut self, pids: &HashSet<i32>) {
+        let unknown = |pid: &&i32| !self.facts.contains_key(pid) || self.half_known.contains(pid);
+        let unknown: Vec<(i32, ())> = pids.iter().filter(unknown).map(|pid| (*pid, ())).collect();
+        let (roots, users) = (Arc::clone(&self.roots), Arc::clone(&self.users));
+        let asked = self.crew.ask(unknown.clone(), move |pid, ()| process::facts(&roots, &users, pid));
+        for ((pid, ()), facts) in unknown.into_iter().zip(asked) {
+            self.half_known.remove(&pid);
+            let facts = facts.unwrap_or_else(|| {
+                self.half_known.insert(pid);
+                process::facts_of_stuck(&self.roots, &self.users, pid)
+            });
+            self.facts.extend(facts.map(|f| (pid, f)));
         }
+    }
+
+    /// What is known of a process.
+    pub(super) fn facts(&self, pid: i32) -> Option<&ProcessFacts> {
         self.facts.get(&pid)
     }
 
@@ -84,22 +109,41 @@ impl Search {
     pub(super) fn keep_only(&mut self, files: &HashSet<FileId>) {
         let gone: Vec<OpenDescriptor> =
             self.known.extract_if(|file, _| !files.contains(file)).flat_map(|(_, descriptors)| descriptors).collect();
-        for old in gone {
-            let still = descriptors::again(&self.roots, old.pid, old.fd, old.file).filter(matters);
-            self.deleted.extend(still.and_then(|descriptor| self.as_deleted(descriptor)));
+        for still in self.again(gone.iter().collect()).into_iter().flatten().filter(matters) {
+            self.add_deleted(vec![still]);
         }
     }
 
-    fn as_deleted(&self, descriptor: OpenDescriptor) -> Option<DeletedImage> {
-        let path = descriptors::deleted_path(&self.roots, descriptor.pid, descriptor.fd)?;
-        Some(DeletedImage { path, descriptor })
+    /// Adds those of `descriptors` whose file has no name any more.
+    fn add_deleted(&mut self, descriptors: Vec<OpenDescriptor>) {
+        let roots = Arc::clone(&self.roots);
+        let questions = descriptors.iter().map(|d| (d.pid, d.fd)).collect();
+        let paths: Vec<Option<Option<PathBuf>>> =
+            self.crew.ask(questions, move |pid, fd| descriptors::deleted_path(&roots, pid, fd));
+        let deleted = descriptors.into_iter().zip(paths);
+        let named = deleted.filter_map(|(descriptor, path)| Some(DeletedImage { path: path??, descriptor }));
+        self.deleted.extend(named);
+    }
+
+    /// Looks again at descriptors: `None` for one that is closed, or leads elsewhere now. What does not answer is as it
+    /// was.
+    fn again(&mut self, known: Vec<&OpenDescriptor>) -> Vec<Option<OpenDescriptor>> {
+        let roots = Arc::clone(&self.roots);
+        let questions = known.iter().map(|d| (d.pid, (d.fd, d.file))).collect();
+        let now = self.crew.ask(questions, move |pid, (fd, file)| descriptors::again(&roots, pid, fd, file));
+        now.into_iter().zip(known).map(|(now, before)| now.unwrap_or_else(|| Some(before.clone()))).collect()
     }
 
     /// Reads the known descriptors of `files` again: what they hold now, and whether they are open still.
     pub(super) fn refresh(&mut self, files: &HashSet<FileId>) {
-        let pids: HashSet<i32> = files.iter().filter_map(|f| self.known.get(f)).flatten().map(|d| d.pid).collect();
-        for pid in pids {
-            let now = process::brief(&self.roots, pid);
+        let mut pids: Vec<i32> = files.iter().filter_map(|f| self.known.get(f)).flatten().map(|d| d.pid).collect();
+        pids.sort_unstable();
+        pids.dedup();
+        let roots = Arc::clone(&self.roots);
+        let questions: Vec<(i32, ())> = pids.iter().map(|pid| (*pid, ())).collect();
+        let briefs: Vec<Option<Option<Brief>>> = self.crew.ask(questions, move |pid, ()| process::brief(&roots, pid));
+        for (pid, now) in pids.into_iter().zip(briefs) {
+            let Some(now) = now else { continue };
             let known = self.facts.get(&pid);
             let same = |f: &ProcessFacts| now.as_ref().is_some_and(|n| n.id == f.id);
             if known.is_some_and(|f| !same(f)) || now.is_none() {
@@ -110,28 +154,27 @@ impl Search {
                 self.facts.remove(&pid);
             }
         }
-        self.deleted.retain_mut(|d| {
-            let old = &d.descriptor;
-            let now = descriptors::again(&self.roots, old.pid, old.fd, old.file).filter(matters);
-            now.map(|now| d.descriptor = now).is_some()
-        });
-        for file in files {
-            if let Some(known) = self.known.get_mut(file) {
-                let again = |d: &OpenDescriptor| descriptors::again(&self.roots, d.pid, d.fd, *file);
-                *known = known.iter().filter_map(again).collect();
-            }
+        let deleted = std::mem::take(&mut self.deleted);
+        let now = self.again(deleted.iter().map(|d| &d.descriptor).collect());
+        let still = deleted.into_iter().zip(now);
+        self.deleted =
+            still.filter_map(|(d, now)| Some(DeletedImage { descriptor: now.filter(matters)?, ..d })).collect();
+        let known: Vec<OpenDescriptor> = files.iter().filter_map(|f| self.known.remove(f)).flatten().collect();
+        for now in self.again(known.iter().collect()).into_iter().flatten() {
+            self.known.entry(now.file).or_default().push(now);
         }
     }
 
     fn forget(&mut self, pid: i32) {
         self.seen.remove(&pid);
         self.facts.remove(&pid);
+        self.half_known.remove(&pid);
         self.known.values_mut().for_each(|v| v.retain(|d| d.pid != pid));
         self.deleted.retain(|d| d.descriptor.pid != pid);
     }
 
     /// Walks the descriptors of processes for any of `wanted`.
-    pub(super) fn scan(&mut self, depth: Depth, wanted: &HashSet<FileId>) -> Result<(), ReadError> {
+    pub(super) fn scan(&mut self, depth: Depth, wanted: &Arc<HashSet<FileId>>) -> Result<(), ReadError> {
         let entries = descriptors::processes(&self.roots)?;
         let alive: HashSet<i32> = entries.iter().map(|e| e.pid).collect();
         let gone: Vec<i32> = self.seen.keys().filter(|p| !alive.contains(p)).copied().collect();
@@ -139,33 +182,64 @@ impl Search {
 
         let to_walk: Vec<ProcessEntry> = entries.into_iter().filter(|e| self.is_due(e, depth)).collect();
         let walked: HashSet<i32> = to_walk.iter().map(|e| e.pid).collect();
-        let results = walk(&self.roots, &to_walk, wanted);
-        self.known.values_mut().for_each(|v| v.retain(|d| !walked.contains(&d.pid)));
-        self.deleted.retain(|d| !walked.contains(&d.descriptor.pid));
-        for (entry, descriptors, result) in results {
+        let results = self.walk(&to_walk, wanted);
+        let mut silent = HashSet::new();
+        let mut found = Vec::new();
+        for (entry, result) in to_walk.into_iter().zip(results) {
             let was_hidden = self.seen.get(&entry.pid).map(|s| s.hidden);
-            let hidden = match result {
-                Ok(found) => {
-                    for descriptor in found {
-                        if wanted.contains(&descriptor.file) {
-                            self.known.entry(descriptor.file).or_default().push(descriptor);
-                        } else if matters(&descriptor) {
-                            self.deleted.extend(self.as_deleted(descriptor));
-                        }
-                    }
-                    false
+            let (descriptors, hidden) = match result {
+                Some((count, Ok(of_process))) => {
+                    found.extend(of_process);
+                    (count, false)
                 }
-                Err(NotListed::Gone) => {
+                Some((_, Err(Unlisted::Gone))) => {
                     self.forget(entry.pid);
                     continue;
                 }
                 // Kernel threads may not be read either, but have nothing open.
-                Err(NotListed::Hidden) => was_hidden
-                    .unwrap_or_else(|| process::brief(&self.roots, entry.pid).is_none_or(|b| !b.is_kernel_thread)),
+                Some((count, Err(Unlisted::Hidden { is_kernel_thread }))) => {
+                    (count, was_hidden.unwrap_or(!is_kernel_thread))
+                }
+                // It does not answer: what is known of it stays, and what it has besides is not known.
+                None => {
+                    silent.insert(entry.pid);
+                    (u64::MAX, true)
+                }
             };
             self.seen.insert(entry.pid, Seen { entry_inode: entry.entry_inode, descriptors, hidden });
         }
+        let known_anew = |pid: i32| walked.contains(&pid) && !silent.contains(&pid);
+        self.known.values_mut().for_each(|v| v.retain(|d| !known_anew(d.pid)));
+        self.deleted.retain(|d| !known_anew(d.descriptor.pid));
+        let mut nameless = Vec::new();
+        for descriptor in found {
+            if wanted.contains(&descriptor.file) {
+                self.known.entry(descriptor.file).or_default().push(descriptor);
+            } else if matters(&descriptor) {
+                nameless.push(descriptor);
+            }
+        }
+        self.add_deleted(nameless);
         Ok(())
+    }
+
+    /// Walks the descriptors of processes: how many each has, and those that lead to a wanted file, or to a deleted one,
+    /// which may have been wanted.
+    fn walk(&mut self, entries: &[ProcessEntry], wanted: &Arc<HashSet<FileId>>) -> Vec<Option<Walked>> {
+        let (roots, wanted) = (Arc::clone(&self.roots), Arc::clone(wanted));
+        let questions = entries.iter().map(|e| (e.pid, ())).collect();
+        self.crew.ask(questions, move |pid, ()| {
+            let is_wanted = |s: &FileStatus| wanted.contains(&s.id) || (s.links == 0 && s.kind == FileKind::Regular);
+            // Counted first: what is opened during the walk then shows as a change.
+            let count = descriptors::count(&roots, pid).unwrap_or_default();
+            let listed = descriptors::of_process(&roots, pid, &is_wanted).map_err(|e| match e {
+                NotListed::Gone => Unlisted::Gone,
+                NotListed::Hidden => Unlisted::Hidden {
+                    is_kernel_thread: process::brief(&roots, pid).is_some_and(|b| b.is_kernel_thread),
+                },
+            });
+            (count, listed)
+        })
     }
 
     fn is_due(&self, entry: &ProcessEntry, depth: Depth) -> bool {
@@ -182,36 +256,12 @@ impl Search {
     }
 }
 
-type Walked = (ProcessEntry, u64, Result<Vec<OpenDescriptor>, NotListed>);
+type Walked = (u64, Result<Vec<OpenDescriptor>, Unlisted>);
 
-fn walk(roots: &Roots, entries: &[ProcessEntry], wanted: &HashSet<FileId>) -> Vec<Walked> {
-    // A deleted file may have been one of ours.
-    let is_wanted = |s: &FileStatus| wanted.contains(&s.id) || (s.links == 0 && s.kind == FileKind::Regular);
-    let one = &|entry: &ProcessEntry| {
-        // Counted first: what is opened during the walk then shows as a change.
-        let count = descriptors::count(roots, entry.pid).unwrap_or_default();
-        (*entry, count, descriptors::of_process(roots, entry.pid, &is_wanted))
-    };
-    let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    if entries.len() < WORTH_THREADS || threads == 1 {
-        return entries.iter().map(one).collect();
-    }
-    std::thread::scope(|scope| {
-        let share = entries.len().div_ceil(threads);
-        let mut results = Vec::with_capacity(entries.len());
-        let mut workers = Vec::new();
-        for chunk in entries.chunks(share) {
-            let work = move || chunk.iter().map(one).collect::<Vec<_>>();
-            match std::thread::Builder::new().spawn_scoped(scope, work) {
-                Ok(worker) => workers.push(worker),
-                // No thread to be had: then here.
-                Err(_) => results.extend(chunk.iter().map(one)),
-            }
-        }
-        // A worker that panicked has found nothing; its processes stay unseen and are walked next time.
-        results.extend(workers.into_iter().flat_map(|w| w.join().unwrap_or_default()));
-        results
-    })
+#[derive(Debug)]
+enum Unlisted {
+    Gone,
+    Hidden { is_kernel_thread: bool },
 }
 
 #[cfg(test)]
@@ -224,7 +274,7 @@ mod tests {
     fn an_opened_file_is_found_by_the_changed_number_of_descriptors() {
         let image = tempfile::NamedTempFile::new().unwrap();
         let id = status(image.path()).unwrap().id;
-        let wanted = HashSet::from([id]);
+        let wanted = Arc::new(HashSet::from([id]));
         let pid = i32::try_from(std::process::id()).unwrap();
         let mut search = Search::new(Roots::host());
         let ours = |s: &Search| s.descriptors(id).iter().filter(|d| d.pid == pid).count();
@@ -236,6 +286,7 @@ mod tests {
         drop(second);
         search.refresh(&wanted);
         assert_eq!(ours(&search), 1);
+        search.learn(&HashSet::from([pid]));
         assert_eq!(search.facts(pid).unwrap().id.pid, pid);
         search.keep_only(&HashSet::new());
         assert_eq!(ours(&search), 0);
@@ -245,17 +296,18 @@ mod tests {
     fn a_pid_with_another_start_time_is_another_process() {
         let image = tempfile::NamedTempFile::new().unwrap();
         let id = status(image.path()).unwrap().id;
-        let wanted = HashSet::from([id]);
+        let wanted = Arc::new(HashSet::from([id]));
         let pid = i32::try_from(std::process::id()).unwrap();
         let mut search = Search::new(Roots::host());
         search.scan(Depth::All, &wanted).unwrap();
-        search.facts(pid).unwrap();
+        search.learn(&HashSet::from([pid]));
         // As if somebody else had had our pid when we last looked.
         search.facts.get_mut(&pid).unwrap().id.start_time += 1;
         search.refresh(&wanted);
         assert!(search.descriptors(id).iter().all(|d| d.pid != pid));
         search.scan(Depth::New, &wanted).unwrap();
         assert_eq!(search.descriptors(id).iter().filter(|d| d.pid == pid).count(), 1);
+        search.learn(&HashSet::from([pid]));
         assert_eq!(search.facts(pid).unwrap().id, process::brief(&Roots::host(), pid).unwrap().id);
     }
 }

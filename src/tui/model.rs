@@ -117,6 +117,8 @@ pub struct Model {
     pub interval: Duration,
     /// The time, as of the last message that told it.
     pub now: Timestamp,
+    /// What could not be listed or read, as findings.
+    pub troubles: Vec<Finding>,
     /// In which times of day are shown.
     pub zone: TimeZone,
     /// When it was last looked; what is shown is as old as that.
@@ -198,6 +200,7 @@ impl Model {
             events: VecDeque::new(),
             mouse: false,
             own_locks: Vec::new(),
+            troubles: Vec::new(),
             read_only: false,
             note: None,
         }
@@ -289,12 +292,13 @@ impl Model {
         }
     }
 
-    /// Every finding with the image it is about, worst first.
+    /// Every finding with the image it is about, worst first; of equals, what could not be looked at comes first.
     #[must_use]
     pub fn findings(&self) -> Vec<(Option<&Image>, &Finding)> {
         let Some(snapshot) = &self.snapshot else { return Vec::new() };
         let of_images = snapshot.images.iter().flat_map(|i| i.findings.iter().map(move |f| (Some(i), f)));
-        let mut all: Vec<_> = snapshot.findings.iter().map(|f| (None, f)).chain(of_images).collect();
+        let of_host = self.troubles.iter().chain(&snapshot.findings).map(|f| (None, f));
+        let mut all: Vec<_> = of_host.chain(of_images).collect();
         all.sort_by_key(|(_, f)| std::cmp::Reverse(f.severity));
         all
     }
@@ -305,6 +309,12 @@ impl Model {
         let age = self.now.duration_since(self.looked_at?).as_secs();
         let allowed = i64::try_from(self.interval.as_secs()).unwrap_or(i64::MAX).saturating_mul(2).saturating_add(3);
         (age > allowed).then_some(age)
+    }
+
+    /// Whether something on the screen tells of time, and so changes with it.
+    #[must_use]
+    pub fn tells_time(&self) -> bool {
+        self.frozen.is_some() || !self.own_locks.is_empty() || self.images().iter().any(|i| i.stalled_since.is_some())
     }
 
     /// The direction of the sort, for a heading.

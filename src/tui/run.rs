@@ -160,7 +160,7 @@ fn turn(
         let (was_stale, idle) = (model.staleness(), !(keys || signalled || rung || lock_news));
         update(model, Msg::Clock { now: Timestamp::now(), looked_at: sampler.looked_at() });
         // Time alone changes nothing on the screen, but for what tells of time.
-        stale |= idle && (model.frozen.is_some() || !model.own_locks.is_empty() || model.staleness() != was_stale);
+        stale |= idle && (model.tells_time() || model.staleness() != was_stale);
         let mut messages = Vec::new();
         while let Some(signal) = signalled.then(|| signals.next()).flatten() {
             match signal {

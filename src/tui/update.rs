@@ -15,6 +15,7 @@ use super::model::{EVENTS_KEPT, Frozen, Key, Model, Overlay, Panel, Table};
 use super::test_lock::{self, LockNews};
 use super::view::{self, Target};
 use crate::monitor::change::{Change, ChangeKind, changes};
+use crate::monitor::finding::Finding;
 use crate::monitor::sampler::Gap;
 use crate::monitor::snapshot::{Image, Snapshot};
 use crate::protocol::Access;
@@ -368,6 +369,7 @@ fn remember(model: &mut Model, change: Change) {
 /// The selection follows the image; when that is gone, the one under the same name, or what stands in its row now.
 fn show(model: &mut Model, snapshot: Arc<Snapshot>) {
     let row = model.selected_row().unwrap_or_default();
+    model.troubles = snapshot.troubles.iter().map(|t| Finding::of_trouble(t)).collect();
     model.snapshot = Some(snapshot);
     keep_selection(model, row);
     keep_process(model);

@@ -61,7 +61,7 @@ impl Looker {
     ///
     /// Of every image, not of those alone that were just asked: a process that has ended or gone on leaves others without
     /// a holder, too.
-    pub(super) fn explain(&mut self, wanted: &HashSet<FileId>) {
+    pub(super) fn explain(&mut self, wanted: &Arc<HashSet<FileId>>) {
         // Taken out while it is gone through: nearly always nothing is open, and nothing need be copied.
         let entries = std::mem::take(&mut self.entries);
         let mut open: Vec<Arc<Entry>> = entries.iter().filter(|e| self.is_open(e)).cloned().collect();
@@ -122,7 +122,7 @@ impl Looker {
         explained
     }
 
-    pub(super) fn walk_all(&mut self, wanted: &HashSet<FileId>) {
+    pub(super) fn walk_all(&mut self, wanted: &Arc<HashSet<FileId>>) {
         let started = Instant::now();
         self.scan(Depth::All, wanted);
         self.walks.cost = started.elapsed();

@@ -27,6 +27,7 @@ use crate::image::watch::ImageWatch;
 use crate::linux::descriptors::{OpenDescriptor, OpenMode};
 use crate::linux::identity::FileId;
 use crate::linux::lock_table::{self, LockRecord};
+use crate::linux::process::ProcessFacts;
 use crate::linux::storage::Storage;
 use crate::linux::{ReadError, Roots, process};
 
@@ -131,7 +132,7 @@ impl Looker {
         if !changed.is_empty() {
             return self.look(Scope::Files(&changed));
         }
-        let wanted: HashSet<FileId> = self.images.values().map(|i| i.file).collect();
+        let wanted: Arc<HashSet<FileId>> = Arc::new(self.images.values().map(|i| i.file).collect());
         let touched: HashSet<FileId> = files.iter().filter_map(|f| self.images.get(f)).map(|i| i.file).collect();
         self.search.refresh(&touched);
         self.scan(Depth::Changed, &wanted);
@@ -192,7 +193,7 @@ impl Looker {
         };
         self.read_table();
         self.ask(&mut targets);
-        let wanted: HashSet<FileId> = self.images.values().map(|i| i.file).collect();
+        let wanted: Arc<HashSet<FileId>> = Arc::new(self.images.values().map(|i| i.file).collect());
         self.search.keep_only(&wanted);
         self.search.refresh(&self.ids(&targets));
         // Somebody opened the files: who that was shows in the number of its descriptors, lock or no lock.
@@ -208,7 +209,7 @@ impl Looker {
         self.sample()
     }
 
-    fn scan(&mut self, depth: Depth, wanted: &HashSet<FileId>) {
+    fn scan(&mut self, depth: Depth, wanted: &Arc<HashSet<FileId>>) {
         let result = self.search.scan(depth, wanted);
         self.note(result);
     }
@@ -256,25 +257,22 @@ impl Looker {
             })
             .collect();
         let loops = self.loop_devices();
-        let mut processes = BTreeMap::new();
+        let mut deleted: Vec<DeletedImage> = self.search.deleted().to_vec();
+        deleted.retain(|d| self.catalog.covers(&d.path));
+        let mut pids: HashSet<i32> = deleted.iter().map(|d| d.descriptor.pid).collect();
         for image in &mut images {
             // Our own output may lie among the images; our own locks are shown.
             let other = |d: &&OpenDescriptor| d.pid != self.own_pid || !d.locks.is_empty();
             image.descriptors = self.search.descriptors(image.file).iter().filter(other).cloned().collect();
             let owners = image.table_rows.iter().filter_map(|r| i32::try_from(r.pid).ok()).filter(|pid| *pid > 0);
-            for pid in image.descriptors.iter().map(|d| d.pid).chain(owners) {
-                if !processes.contains_key(&pid) {
-                    processes.extend(self.search.facts(pid).map(|f| (pid, f.clone())));
-                }
-            }
+            pids.extend(image.descriptors.iter().map(|d| d.pid).chain(owners));
+        }
+        self.search.learn(&pids);
+        let processes: BTreeMap<i32, ProcessFacts> =
+            pids.iter().filter_map(|pid| self.search.facts(*pid).map(|f| (*pid, f.clone()))).collect();
+        for image in &mut images {
             image.descriptors.retain(|d| processes.contains_key(&d.pid));
             image.loop_devices = loops.iter().filter(|(file, _)| *file == image.file).map(|(_, d)| d.clone()).collect();
-        }
-        let mut deleted: Vec<DeletedImage> = self.search.deleted().to_vec();
-        deleted.retain(|d| self.catalog.covers(&d.path));
-        for image in &deleted {
-            let pid = image.descriptor.pid;
-            processes.extend(self.search.facts(pid).map(|f| (pid, f.clone())));
         }
         deleted.retain(|d| processes.contains_key(&d.descriptor.pid));
         let proc_options = self.storage.mounts().and_then(|m| m.at(&self.roots.proc)).map(|m| m.options.clone());

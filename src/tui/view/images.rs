@@ -60,6 +60,7 @@ pub(super) fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Rect
         let text = match (&model.snapshot, model.filter.is_active()) {
             (None, _) => "",
             (Some(_), true) => "  no image fits the filter: Esc clears it",
+            (Some(s), false) if !s.troubles.is_empty() => "  no images that could be listed",
             (Some(_), false) => "  no images here yet: they show as soon as there are some",
         };
         put(buffer, theme, body, 0, &[(text.into(), theme.dim)]);
