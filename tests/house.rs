@@ -88,6 +88,7 @@ fn pure_files_do_no_io_and_ask_no_clock() {
         "monitor/snapshot.rs",
         "monitor/understand.rs",
         "monitor/finding.rs",
+        "monitor/alias.rs",
         "monitor/change.rs",
         "monitor/wording.rs",
         "monitor/what_if.rs",

@@ -58,6 +58,8 @@ pub(crate) fn image(name: &str, locked: &str) -> ImageSample {
         resolved: PathBuf::from("/images").join(name),
         backing: None,
         file: FileId { device: Device { major: 8, minor: 1 }, inode: 7 },
+        device: None,
+        rows_certain: true,
         file_size: 1 << 20,
         header: Some(Header {
             format: Format::Qcow2,

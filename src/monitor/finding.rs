@@ -47,7 +47,7 @@ impl Finding {
     }
 }
 
-fn finding(code: &str, severity: Severity, text: String) -> Finding {
+pub(super) fn finding(code: &str, severity: Severity, text: String) -> Finding {
     Finding { code: code.to_owned(), severity, text }
 }
 

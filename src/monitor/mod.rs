@@ -6,6 +6,7 @@
 
 pub mod advice;
 mod agenda;
+mod alias;
 pub mod change;
 #[cfg(test)]
 pub(crate) mod examples;

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::image::header::Header;
 use crate::linux::descriptors::OpenDescriptor;
-use crate::linux::identity::FileId;
+use crate::linux::identity::{Device, FileId};
 use crate::linux::lock_table::LockRecord;
 use crate::linux::mounts::Mount;
 use crate::linux::probe::BytesFound;
@@ -86,6 +86,8 @@ pub struct ImageSample {
     pub file: FileId,
     /// Length of the file in bytes.
     pub file_size: u64,
+    /// The device that it stands for, if it is a node of a block device.
+    pub device: Option<Device>,
     /// What its header says; `None` if it could not be read.
     pub header: Option<Header>,
     /// Where its backing file is, if its name is a path.
@@ -98,6 +100,9 @@ pub struct ImageSample {
     pub descriptors: Vec<OpenDescriptor>,
     /// The rows of `/proc/locks` about it.
     pub table_rows: Vec<LockRecord>,
+    /// Whether those rows can be about no other file. On btrfs and overlayfs the table names the superblock, and several
+    /// of its files may have one inode number.
+    pub rows_certain: bool,
     /// The loop devices that stand on it.
     pub loop_devices: Vec<String>,
 }

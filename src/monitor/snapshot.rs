@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::alias::aliases;
 use super::finding::{Finding, findings_between, findings_of_host};
 use super::sample::{Answer, Backing, ImageSample, Sample};
 use super::understand::understand;
@@ -232,6 +233,7 @@ impl Snapshot {
     pub fn of(sample: &Sample) -> Self {
         let mut images: Vec<Image> = sample.images.iter().map(|i| understand(i, sample)).collect();
         findings_between(&mut images);
+        aliases(&mut images, &sample.images);
         let findings = findings_of_host(&mut images, sample);
         let answered = |i: &ImageSample| matches!(i.answer, Answer::Bytes(_));
         Self {

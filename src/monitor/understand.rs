@@ -92,7 +92,8 @@ fn holders(image: &ImageSample, sample: &Sample) -> Vec<Holder> {
         }
     }
     // A POSIX lock names its process in the table, also where the process may not be read.
-    for record in image.table_rows.iter().filter(|r| r.counts() && r.kind == LockKind::Posix && r.pid > 0) {
+    let named = |r: &&LockRecord| image.rows_certain && r.counts() && r.kind == LockKind::Posix && r.pid > 0;
+    for record in image.table_rows.iter().filter(named) {
         let Some(process) = i32::try_from(record.pid).ok().and_then(|pid| sample.processes.get(&pid)) else { continue };
         if image.descriptors.iter().any(|d| d.pid == process.id.pid && !d.locks.is_empty()) {
             continue;
@@ -348,6 +349,13 @@ mod tests {
             (seen.holders[0].process.id.pid, seen.holders[0].fd, seen.holders[0].lock),
             (42, None, LockKind::Posix)
         );
+    }
+
+    #[test]
+    fn rows_that_may_be_about_another_file_accuse_nobody() {
+        let doubtful = ImageSample { table_rows: rows("c/-", "POSIX", 42), rows_certain: false, ..image("a", "-/-") };
+        let (verdict, seen) = verdict_of(doubtful, same);
+        assert_eq!((verdict, seen.holders.len(), seen.held()), (Verdict::Free, 0, Access::NONE));
     }
 
     #[test]

@@ -131,17 +131,23 @@ impl Looker {
 
     /// The rows of the table about a file. The kernel prints the superblock's device, which statx hides on btrfs and
     /// overlayfs.
-    pub(super) fn rows_of(&self, file: FileId, mount: Option<&Mount>) -> &[LockRecord] {
+    ///
+    /// Rows that were found by the superblock's device may be about another of its files: then they are not certain.
+    pub(super) fn rows_of(&self, file: FileId, mount: Option<&Mount>) -> (&[LockRecord], bool) {
         let rows = |device| {
             let file = Some(FileId { device, inode: file.inode });
             let start = self.table.partition_point(|r| r.file < file);
             let length = self.table[start..].partition_point(|r| r.file == file);
             &self.table[start..start + length]
         };
-        let by_statx = rows(file.device);
         match mount {
-            Some(mount) if by_statx.is_empty() && mount.lock_device != file.device => rows(mount.lock_device),
-            _ => by_statx,
+            Some(mount) if mount.lock_device != file.device => {
+                let by_statx = rows(file.device);
+                (if by_statx.is_empty() { rows(mount.lock_device) } else { by_statx }, false)
+            }
+            // Every subvolume has a device number of its own for statx, and one of them may be the superblock's.
+            Some(mount) => (rows(file.device), mount.kind != "btrfs" && mount.kind != "overlay"),
+            None => (rows(file.device), true),
         }
     }
 
@@ -158,7 +164,8 @@ impl Looker {
         answer: Answer,
     ) -> ImageSample {
         let mount = self.storage.mounts().and_then(|m| m.of(&entry.resolved, &status)).cloned();
-        let table_rows = self.rows_of(status.id, mount.as_deref()).to_vec();
+        let (rows, rows_certain) = self.rows_of(status.id, mount.as_deref());
+        let table_rows = rows.to_vec();
         ImageSample {
             path: entry.path.clone(),
             resolved: entry.resolved.clone(),
@@ -174,6 +181,8 @@ impl Looker {
             answer,
             descriptors: Vec::new(),
             table_rows,
+            rows_certain,
+            device: (status.kind == FileKind::Block).then_some(status.rdev),
             loop_devices: Vec::new(),
         }
     }

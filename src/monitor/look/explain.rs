@@ -110,13 +110,14 @@ impl Looker {
         let Some(image) = self.images.get(resolved) else { return true };
         let Answer::Bytes(found) = &image.answer else { return true };
         let descriptors = self.search.descriptors(image.file);
-        let explained = fits(found, descriptors, &image.table_rows, self.walks.explained.get(&image.file));
+        let rows: &[LockRecord] = if image.rows_certain { &image.table_rows } else { &[] };
+        let explained = fits(found, descriptors, rows, self.walks.explained.get(&image.file));
         if explained && descriptors.is_empty() {
             self.walks.explained.remove(&image.file);
             self.walks.in_vain.remove(&image.file);
         } else if explained {
             let holders = descriptors.iter().filter(|d| !d.locks.is_empty()).cloned().collect();
-            self.walks.explained.insert(image.file, (image.table_rows.len(), holders));
+            self.walks.explained.insert(image.file, (rows.len(), holders));
             self.walks.in_vain.remove(&image.file);
         }
         explained

@@ -141,7 +141,7 @@ impl Looker {
     }
 
     fn has_other_rows(&self, resolved: &Path) -> bool {
-        let known = |image: &ImageSample| self.rows_of(image.file, image.mount.as_deref()) == image.table_rows;
+        let known = |image: &ImageSample| self.rows_of(image.file, image.mount.as_deref()).0 == image.table_rows;
         self.images.get(resolved).is_some_and(|image| !known(image))
     }
 
@@ -264,7 +264,8 @@ impl Looker {
             // Our own output may lie among the images; our own locks are shown.
             let other = |d: &&OpenDescriptor| d.pid != self.own_pid || !d.locks.is_empty();
             image.descriptors = self.search.descriptors(image.file).iter().filter(other).cloned().collect();
-            let owners = image.table_rows.iter().filter_map(|r| i32::try_from(r.pid).ok()).filter(|pid| *pid > 0);
+            let certain = image.table_rows.iter().filter(|_| image.rows_certain);
+            let owners = certain.filter_map(|r| i32::try_from(r.pid).ok()).filter(|pid| *pid > 0);
             pids.extend(image.descriptors.iter().map(|d| d.pid).chain(owners));
         }
         self.search.learn(&pids);
