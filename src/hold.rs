@@ -70,7 +70,7 @@ pub enum AcquireError {
         path: PathBuf,
     },
     /// Somebody else holds a byte that must be free.
-    #[error("{}: {sentence}: byte {} ({byte}) is held by another process", escape_path(.path), .byte.offset())]
+    #[error("{}: {sentence}: byte {} ({byte}) is held by somebody else, or by another open file of this process", escape_path(.path), .byte.offset())]
     Conflict {
         /// Of the image.
         path: PathBuf,
@@ -94,6 +94,9 @@ pub enum AcquireError {
 }
 
 /// An access that is held, until it is dropped or the process ends in whatever way.
+///
+/// A child that was forked shares the open file description, and with it the locks: they stay until the child has closed
+/// its copy too (exec(2) does), and a child that drops its copy of this value lets go of them for both.
 ///
 /// ```
 /// use qlock::hold::HeldAccess;
@@ -276,6 +279,15 @@ impl HeldAccess {
 
     /// Lets go now, instead of when it is dropped.
     pub fn release(self) {}
+
+    /// A copy of the open file, for a child process that is to share the locks. They are let go for both when this is
+    /// dropped, and stay with the copy after [`into_file`](Self::into_file).
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub fn share(&self) -> std::io::Result<OwnedFd> {
+        self.file.as_fd().try_clone_to_owned()
+    }
 
     /// Gives the open file away with its locks, which stay for as long as any copy of it is open anywhere: for a child
     /// process that is to inherit them.

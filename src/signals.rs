@@ -22,12 +22,17 @@ impl Signals {
     /// # Errors
     /// When no descriptor is left.
     pub fn take_over(signals: &[Signal]) -> io::Result<Self> {
-        let ignored = ignored();
-        let heeded = |s: &&Signal| !(ENDING.contains(s) && ignored & (1 << (**s as u32 - 1)) != 0);
+        let heeded = |s: &&Signal| !(ENDING.contains(s) && is_ignored(**s));
         let set: SigSet = signals.iter().filter(heeded).copied().collect();
         set.thread_block()?;
         Ok(Self(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?))
     }
+}
+
+/// Whether whoever started this program has it ignore `signal`.
+#[must_use]
+pub fn is_ignored(signal: Signal) -> bool {
+    ignored() & (1 << (signal as u32 - 1)) != 0
 }
 
 /// A bit for each signal that is ignored, from the line `SigIgn` of proc_pid_status(5).

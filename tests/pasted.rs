@@ -123,3 +123,52 @@ proptest! {
         prop_assert!(!said.chars().any(|c| c != '\n' && qlock::text::is_treacherous(c)), "{said:?}");
     }
 }
+
+#[test]
+fn another_byte_that_is_held_is_never_called_granted() {
+    if !have(&["qemu-io"]) {
+        return;
+    }
+    let images = Images::new();
+    let path = images.raw("a.raw");
+    let holder = holding(&mut qemu_io(&["-r", "-f", "raw"], &path), &path, "c/-");
+    let text = format!("Failed to get \"write\" lock\nIs another process using the image [{}]?", path.display());
+    let (said, status) = paste(text.as_bytes(), &["-"]);
+    assert!(status == 3 && said.contains(&format!("is in use by qemu-io {}", holder.pid())), "{said}");
+    let (said, status) = paste(text.as_bytes(), &["-", "--format", "json"]);
+    assert!(status == 3 && said.contains(r#""verdict":"unknown""#), "{said}");
+    // With the program named it is judged as a whole.
+    let (said, status) = paste(text.as_bytes(), &["-", "--as", "create", "--format", "json"]);
+    assert!(
+        status == 0 && said.contains(r#""destroys_image":true"#) && said.contains(r#""operation":"create""#),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_name_from_elsewhere_in_the_text_is_not_answered_for() {
+    let images = Images::new();
+    let path = images.raw("a.raw");
+    let text = format!("systemd: file={}\nsomething: Failed to get \"write\" lock", path.display());
+    let (said, status) = paste(text.as_bytes(), &["-"]);
+    assert!(status == 3 && said.contains("perhaps another image"), "{said}");
+}
+
+#[test]
+fn a_lock_call_that_failed_speaks_of_no_holder() {
+    let images = Images::new();
+    let path = images.raw("a.raw");
+    let text = format!("qemu-io: can't open device {}: Failed to lock byte 100: No locks available", path.display());
+    let (said, status) = paste(text.as_bytes(), &["-"]);
+    assert!(status == 3 && !said.contains("has let go"), "{said}");
+}
+
+#[test]
+fn of_a_long_text_the_end_counts() {
+    let images = Images::new();
+    let path = images.raw("a.raw");
+    let hint = format!("\nFailed to get \"write\" lock\nIs another process using the image [{}]?", path.display());
+    let text = [vec![b'x'; 3 << 20], hint.into_bytes()].concat();
+    let (said, status) = paste(&text, &["-"]);
+    assert!(status == 0 && said.contains("free now"), "{said}");
+}

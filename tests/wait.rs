@@ -16,7 +16,9 @@ use nix::unistd::Pid;
 use qlock::linux::probe::{Asker, first_lock};
 use qlock::protocol::{Access, Family, LockByte, Operation};
 use serde_json::Value;
-use support::{DEADLINE, Images, Running, am_root, have, holding, locked, output, python, qlock_top, run, wait_for};
+use support::{
+    DEADLINE, Images, Running, am_root, have, holding, locked, output, python, qemu_io, qlock_top, run, wait_for,
+};
 
 fn one_image() -> (Images, PathBuf) {
     let images = Images::new();
@@ -360,4 +362,21 @@ fn a_reader_that_has_gone_is_no_error() {
         assert_eq!(end_of(&mut running).code(), Some(0), "{words:?}");
         assert_eq!(errors(running), "", "{words:?}");
     }
+}
+
+#[test]
+fn a_program_that_would_destroy_what_somebody_uses_waits_for_its_end() {
+    if !have(&["qemu-io"]) {
+        return;
+    }
+    let images = Images::new();
+    let path = images.raw("a.raw");
+    // Its lock lets `create` in, which would throw its content away.
+    let holder = holding(&mut qemu_io(&["-r", "-f", "raw"], &path), &path, "c/-");
+    let ended = output(qlock_top().arg("wait").arg(&path).args(["--as", "create", "--timeout", "100ms"]));
+    let told = String::from_utf8(ended.stderr).unwrap();
+    assert!(ended.status.code() == Some(124) && told.contains("DANGER: create IS GRANTED AND OVERWRITES"), "{told}");
+    holder.end();
+    let ended = output(qlock_top().arg("wait").arg(&path).args(["--as", "create", "--timeout", "1h"]));
+    assert_eq!(ended.status.code(), Some(0));
 }

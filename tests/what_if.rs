@@ -471,3 +471,77 @@ fn hold_keeps_below_the_image_what_the_real_holder_keeps_there() {
         }
     }
 }
+
+/// What `why IMAGE --as io` says, and what qemu-io is then told, with the image that it names.
+fn asked_and_told(image: &Path) -> (i32, Option<String>, Option<String>) {
+    let asked = output(qlock_top().arg("why").arg(image).args(["--as", "io", "--format", "json"]));
+    let answer: Value = serde_json::from_slice(&asked.stdout).unwrap();
+    let predicted = answer["message"].as_str().map(|m| format!("{m} {}", answer["on_image"].as_str().unwrap()));
+    let told = output(qemu_io(&["-f", "qcow2", "-c", "read 0 512"], image).stdin(Stdio::null()));
+    let message = Message::find(&String::from_utf8_lossy(&told.stderr));
+    (asked.status.code().unwrap(), predicted, message.map(|m| format!("{} {}", m.sentence, m.image.unwrap())))
+}
+
+#[test]
+fn a_backing_file_is_looked_for_beside_the_name_that_was_used_and_not_beside_what_a_link_leads_to() {
+    if !have(&TOOLS) {
+        return;
+    }
+    let images = Images::new();
+    for directory in ["A", "B"] {
+        std::fs::create_dir(images.path(directory)).unwrap();
+        images.qcow2(&format!("{directory}/base.qcow2"));
+    }
+    let top = images.path("B/top.qcow2");
+    let create = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2"];
+    run(Command::new("qemu-img").args(create).arg(&top));
+    let link = images.path("A/link.qcow2");
+    std::os::unix::fs::symlink("../B/top.qcow2", &link).unwrap();
+    for (held, refused) in [("A", &link), ("B", &top)] {
+        let base = images.path(held).join("base.qcow2");
+        let _holder = holding(&mut qemu_io(&["-f", "qcow2"], &base), &base, "cwr/wr");
+        for image in [&link, &top] {
+            let (status, predicted, told) = asked_and_told(image);
+            assert_eq!(predicted, told, "{} while {held} is held", image.display());
+            assert_eq!(status, i32::from(image == refused));
+        }
+    }
+}
+
+#[test]
+fn a_data_file_below_the_image_is_not_looked_at_and_so_cannot_be_told() {
+    if !have(&TOOLS) {
+        return;
+    }
+    let images = Images::new();
+    let base = images.path("base.qcow2");
+    let data = format!("data_file={}", images.path("data.raw").display());
+    run(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", "-o", &data]).arg(&base).arg("16M"));
+    let top = images.overlay("top.qcow2", "base.qcow2");
+    for words in [&["why"], &["hold"]] {
+        let asked = output(qlock_top().args(words).arg(&top).args(["--as", "io"]));
+        let said = String::from_utf8([asked.stdout, asked.stderr].concat()).unwrap();
+        assert!(asked.status.code() == Some(3) && said.contains("keeps its data in another file"), "{said}");
+    }
+    assert_eq!(locked(&top), Access::NONE);
+}
+
+#[test]
+fn a_loop_device_counts_as_use() {
+    if !have(&["losetup"]) || !support::am_root() {
+        return;
+    }
+    /// Detached when the test is over.
+    struct Loop(String);
+    impl Drop for Loop {
+        fn drop(&mut self) {
+            let _ = Command::new("losetup").args(["-d", &self.0]).status();
+        }
+    }
+    let images = Images::new();
+    let path = images.raw("a.raw");
+    let _device = Loop(run(Command::new("losetup").args(["-f", "--show"]).arg(&path)).trim().to_owned());
+    let asked = output(qlock_top().arg("why").arg(&path).args(["--as", "create"]));
+    let said = String::from_utf8(asked.stdout).unwrap();
+    assert!(said.contains("DANGER: create IS GRANTED AND OVERWRITES"), "{said}");
+}

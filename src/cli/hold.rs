@@ -27,7 +27,7 @@ use crate::linux::probe::OpenError;
 use crate::monitor::what_if::holders_on;
 use crate::protocol::{Access, Operation, Permission, PermissionSet};
 use crate::report::why;
-use crate::signals::{ENDING, Received, Signals};
+use crate::signals::{ENDING, Received, Signals, is_ignored};
 use crate::text::{escape, escape_path};
 
 #[derive(Debug, Args)]
@@ -84,6 +84,12 @@ const LAST_WORDS: Duration = Duration::from_millis(200);
 pub(super) fn hold(args: &HoldArgs, common: &Common) -> Result<Exit, Failure> {
     if common.read_only {
         return Err(Failure::error("read-only: hold takes locks, and --read-only or the configuration forbids it"));
+    }
+    if !args.command.is_empty() && is_ignored(Signal::SIGCHLD) {
+        return Err(Failure::error(
+            "SIGCHLD is ignored by whoever started this: the end of the command could not be told; start it with \
+             env --default-signal=CHLD",
+        ));
     }
     // Before any thread is started.
     let mut signals = Signals::take_over(&[ENDING[0], ENDING[1], ENDING[2], Signal::SIGCHLD])?;
@@ -165,7 +171,7 @@ fn wanted(image: &Path, operation: Option<&'static Operation>, access: Access) -
     };
     // Opened as it will be for the lock, so that what is wrong with it is told in the same words.
     HeldAccess::nothing(image).map_err(failure)?;
-    let header = image.canonicalize().ok().and_then(|p| chain::read(&p)).map(|(_, header)| header);
+    let header = chain::read(image).map(|(_, header)| header);
     let Some(header) = header else {
         let path = escape_path(image);
         return Err(Failure::new(
@@ -179,8 +185,21 @@ fn wanted(image: &Path, operation: Option<&'static Operation>, access: Access) -
     };
     let mut wanted = vec![Wanted { path: image.to_owned(), accesses: recipe.accesses() }];
     if !operation.backing.is_empty() {
-        let below = chain::files_below(image).into_iter();
-        wanted.extend(below.map(|f| Wanted { path: f.path, accesses: vec![operation.backing.of(f.family)] }));
+        let below = chain::below(image);
+        if let Some(why) = below.cut_off {
+            let path = escape_path(image);
+            return Err(Failure::new(
+                Exit::CannotTell,
+                format!(
+                    "{path}: {why}: what {} would lock below the image cannot be told; \
+                     --permissions and --unshare lock the image alone",
+                    operation.name
+                ),
+            ));
+        }
+        wanted.extend(
+            below.files.into_iter().map(|f| Wanted { path: f.path, accesses: vec![operation.backing.of(f.family)] }),
+        );
     }
     wanted.retain(|w| !w.accesses.is_empty());
     if wanted.is_empty() {
@@ -194,15 +213,13 @@ fn wanted(image: &Path, operation: Option<&'static Operation>, access: Access) -
 
 /// All or nothing.
 fn take_all(wanted: &[Wanted]) -> Result<Vec<HeldAccess>, AcquireError> {
-    let mut all = Vec::new();
-    for file in wanted {
-        let mut held = HeldAccess::nothing(&file.path)?;
-        for access in &file.accesses {
-            // Asked before it is tried, so that one who waits refuses nobody.
-            held.check_change(*access)?;
-            held.change(*access)?;
-        }
-        all.push(held);
+    // Every file is asked before any is locked, so that one who waits refuses nobody.
+    let mut all = wanted.iter().map(|file| HeldAccess::nothing(&file.path)).collect::<Result<Vec<_>, _>>()?;
+    for (held, file) in all.iter().zip(wanted) {
+        file.accesses.iter().try_for_each(|access| held.check_change(*access))?;
+    }
+    for (held, file) in all.iter_mut().zip(wanted) {
+        file.accesses.iter().try_for_each(|access| held.change(*access))?;
     }
     Ok(all)
 }
@@ -294,10 +311,10 @@ fn end_of_hold(signals: &mut Signals, over: &io::PipeReader) -> Result<Exit, Fai
 
 /// Runs the command while the locks are held.
 fn run(args: &HoldArgs, held: Vec<HeldAccess>, signals: &mut Signals) -> Result<Exit, Failure> {
-    let (mut kept, mut inherited): (Vec<HeldAccess>, Vec<OwnedFd>) = (held, Vec::new());
+    let mut inherited: Vec<OwnedFd> = Vec::new();
     if args.inherit {
-        for one in kept.drain(..) {
-            let file = one.into_file()?;
+        for one in &held {
+            let file = one.share()?;
             rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty()).map_err(io::Error::from)?;
             inherited.push(file);
         }
@@ -337,7 +354,16 @@ fn run(args: &HoldArgs, held: Vec<HeldAccess>, signals: &mut Signals) -> Result<
             Some((signal, false)) => send(&child, signal),
         }
     };
-    drop((kept, inherited));
+    if args.inherit && !told_to_end {
+        // Whatever the command has started may go on, and the locks with it.
+        for one in held {
+            drop(one.into_file()?);
+        }
+    } else {
+        // Let go for everybody who shares them.
+        drop(held);
+    }
+    drop(inherited);
     Ok(if told_to_end { Exit::TimedOut } else { exit_of(status) })
 }
 

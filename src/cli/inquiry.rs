@@ -33,7 +33,7 @@ impl Inquiry {
         }
         let mut paths = vec![image.to_owned()];
         // Where the chain does not answer, the look that follows says which file of it.
-        let below = patiently(move || chain::files_below(&name)).unwrap_or_default();
+        let below = patiently(move || chain::below(&name)).unwrap_or_default().files;
         paths.extend(below.into_iter().map(|f| f.path));
         let snapshot = Snapshot::of(&Looker::new(roots, &paths, false, None)?.look(Scope::Everything));
         let inquiry = Self { snapshot, path: image.to_owned() };

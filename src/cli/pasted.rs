@@ -15,15 +15,16 @@ use crate::linux::Roots;
 use crate::linux::identity::{FileId, FileKind, status};
 use crate::linux::mount_namespaces;
 use crate::linux::process;
-use crate::monitor::advice::quote;
-use crate::monitor::snapshot::ByteState;
-use crate::monitor::what_if::{holders_on, what_if};
-use crate::protocol::{LockByte, Operation, Report, decode};
+use crate::monitor::advice::quote_path;
+use crate::monitor::snapshot::{ByteState, Image};
+use crate::monitor::what_if::{Outcome, holders_on, what_if};
+use crate::monitor::wording::holders_text;
+use crate::protocol::{Operation, Report, decode};
 use crate::report::why::{self, PastedAnswer};
 use crate::text::{counted, escape, escape_path};
 
-/// At most this much is read: no error message is longer.
-const LONGEST: u64 = 1 << 20;
+/// As much of a long text is kept, and the end of it: what is printed last is what went wrong.
+const LONGEST: usize = 1 << 20;
 
 /// A file on this host that the message may mean.
 struct Meant {
@@ -42,8 +43,7 @@ pub(super) fn explain(
     if stdin.is_terminal() {
         let _ = writeln!(io::stderr(), "Paste the message, then press Ctrl-D on an empty line:");
     }
-    let mut bytes = Vec::new();
-    stdin.lock().take(LONGEST).read_to_end(&mut bytes)?;
+    let bytes = end_of(stdin.lock())?;
     let reports = decode(&String::from_utf8_lossy(&bytes));
     if reports.is_empty() {
         return Err(Failure::error(
@@ -62,6 +62,17 @@ pub(super) fn explain(
     }
     unless_closed(out.flush())?;
     Ok(exit)
+}
+
+/// Reads to the end and keeps the last of it.
+fn end_of(mut input: impl Read) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    loop {
+        if input.by_ref().take(LONGEST as u64).read_to_end(&mut bytes)? == 0 {
+            return Ok(bytes);
+        }
+        bytes.drain(..bytes.len().saturating_sub(LONGEST));
+    }
 }
 
 /// What cannot be told counts most.
@@ -113,17 +124,36 @@ fn answer(
         };
         return (written, Exit::CannotTell);
     }
-    let mut exit = Exit::Fine;
+    // What is only guessed to be meant is shown and not answered for.
+    let mut exit = if report.guessed { Exit::CannotTell } else { Exit::Fine };
     let mut written = match format {
         ListFormat::Table => why::write_lines(&mut *out, layout, &lines),
         ListFormat::Json => Ok(()),
     };
     for one in &meant {
         let result = Inquiry::make(&one.path, roots(common));
-        let (now, held) = match &result {
-            Ok(inquiry) => on_image(inquiry, report.message.sentence.byte()),
+        let asked = match (&result, operation) {
+            (Ok(inquiry), Some(operation)) => inquiry.image().ok().zip(Some(inquiry)).and_then(|(image, inquiry)| {
+                let answer = what_if(&inquiry.snapshot, image, operation)?;
+                Some((inquiry, image, answer))
+            }),
+            _ => None,
+        };
+        let (mut now, mut held) = match &result {
+            Ok(inquiry) => on_image(inquiry, report),
             Err(failure) => (vec![format!("  cannot tell: {failure}")], None),
         };
+        if let Some((_, _, answer)) = &asked {
+            // The program is known: what it would be told now counts, and not the one byte that stopped it then.
+            held = match answer.outcome {
+                Outcome::Granted => Some(false),
+                Outcome::Refused(_) => Some(true),
+                Outcome::Unknown(_) => None,
+            };
+        } else if let (Some(operation), Ok(_)) = (operation, &result) {
+            now.push(format!("  {} is not known for an image of this format", operation.name));
+            held = None;
+        }
         exit = worse(
             exit,
             match held {
@@ -132,22 +162,33 @@ fn answer(
                 None => Exit::CannotTell,
             },
         );
+        let guess = if report.guessed { " (named earlier in the text: perhaps another image)" } else { "" };
+        let how = format!("{}{guess}", one.how.as_deref().unwrap_or_default());
         written = written.and_then(|()| match (format, &result) {
             (ListFormat::Table, _) => {
-                let mut lines = vec![format!("{}{}", escape_path(&one.path), one.how.as_deref().unwrap_or_default())];
+                let mut lines = vec![format!("{}{how}", escape_path(&one.path))];
                 lines.extend(now.iter().cloned());
                 why::write_lines(&mut *out, layout, &lines)?;
-                match (&result, operation) {
-                    (Ok(inquiry), Some(operation)) => write_operation(&mut *out, inquiry, operation, common),
-                    _ => Ok(()),
+                match &asked {
+                    Some((inquiry, image, answer)) => {
+                        why::write_text(&mut *out, layout, &inquiry.snapshot, image, answer)
+                    }
+                    None => Ok(()),
                 }
             }
+            (ListFormat::Json, _) if asked.is_some() && !report.guessed => match &asked {
+                Some((inquiry, image, answer)) => {
+                    why::write_json(&mut *out, common.ascii, &inquiry.snapshot, image, answer)
+                }
+                None => Ok(()),
+            },
             (ListFormat::Json, result) => {
+                let held = held.filter(|_| !report.guessed);
                 let image = result.as_ref().ok().and_then(|i| i.image().ok());
                 let byte = report.message.sentence.byte();
                 let holders = image.zip(byte).map(|(i, b)| holders_on(i, b).collect()).unwrap_or_default();
                 let said: Vec<&str> = now.iter().map(|l| l.trim_start()).collect();
-                let note = format!("{}; {}", report.message.meaning(), said.join("; "));
+                let note = format!("{};{how} {}", report.message.meaning(), said.join("; "));
                 let message = format!("{}{errno}", report.message.sentence);
                 let answer = PastedAnswer { named, image, note, message, byte, held, holders };
                 why::write_pasted_json(&mut *out, common.ascii, &answer)
@@ -157,41 +198,54 @@ fn answer(
     (written, exit)
 }
 
-fn write_operation(
-    out: &mut impl Write,
-    inquiry: &Inquiry,
-    operation: &'static Operation,
-    common: &Common,
-) -> io::Result<()> {
-    let Ok(image) = inquiry.image() else { return Ok(()) };
-    match what_if(&inquiry.snapshot, image, operation) {
-        Some(answer) => why::write_text(out, layout(common), &inquiry.snapshot, image, &answer),
-        None => Ok(()),
-    }
-}
-
-/// How the byte of the message stands on an image now, and whether it is held.
-fn on_image(inquiry: &Inquiry, byte: Option<LockByte>) -> (Vec<String>, Option<bool>) {
+/// How what the message is about stands on an image now, and whether somebody is in the way; `None`: cannot tell.
+fn on_image(inquiry: &Inquiry, report: &Report) -> (Vec<String>, Option<bool>) {
     let Ok(image) = inquiry.image() else { return (vec!["  it has gone meanwhile".to_owned()], None) };
-    let Some(byte) = byte else {
+    let path = quote_path(&image.path);
+    if report.message.errno.is_some() {
+        let text = match image.findings.iter().find(|f| f.code == "cannot-lock" || f.code == "stalled") {
+            Some(finding) => format!("  still so: {}", finding.text),
+            None => {
+                "  lock questions are answered there now; whether locks can be taken shows only when one is".to_owned()
+            }
+        };
+        return (vec![text], None);
+    }
+    let Some(byte) = report.message.sentence.byte() else {
         return (vec!["  the byte is none of the ten: see who has the image open in qlock-top list".to_owned()], None);
     };
-    let state = image.bytes.iter().find(|b| b.byte == byte).map_or(ByteState::Unknown, |b| b.state);
+    let others: Vec<&Image> = inquiry.snapshot.images.iter().filter(|i| i.path != image.path).collect();
+    let below = report.on_backing_file && report.message.image.is_none();
+    if below && others.is_empty() {
+        return (vec!["  cannot tell: the file below it that was meant cannot be found".to_owned()], None);
+    }
+    let concerned = if below { others } else { vec![image] };
+    let state = |i: &Image| i.bytes.iter().find(|b| b.byte == byte).map_or(ByteState::Unknown, |b| b.state);
     let offset = byte.offset();
-    match state {
-        ByteState::Held => {
-            let holders: Vec<_> = holders_on(image, byte).collect();
-            let mut lines = why::held_by(&inquiry.snapshot, byte, &image.path, &holders);
-            let path = quote(&image.path.to_string_lossy());
-            lines.push(format!("  what each program would be told: qlock-top why {path}"));
-            (lines, Some(true))
+    if let Some(held) = concerned.iter().find(|i| state(i) == ByteState::Held) {
+        let holders: Vec<_> = holders_on(held, byte).collect();
+        let mut lines = why::held_by(&inquiry.snapshot, byte, &held.path, &holders);
+        lines.push(format!("  what each program would be told: qlock-top why {path}"));
+        return (lines, Some(true));
+    }
+    if let Some(unknown) = concerned.iter().find(|i| state(i) == ByteState::Unknown) {
+        let why = unknown.findings.first().map(|f| f.text.clone()).unwrap_or_default();
+        return (vec![format!("  cannot tell whether byte {offset} is held now: {why}")], None);
+    }
+    let in_use = |i: &&&Image| !i.held().is_empty() || !i.openers.is_empty() || !i.loop_devices.is_empty();
+    match concerned.iter().find(in_use) {
+        // That byte is free, and others may stop the same program.
+        Some(used) => {
+            let text = format!(
+                "  byte {offset} ({byte}) is free now, but {} is in use by {}: what a program would be told depends on \
+                 which it is: qlock-top why {path}",
+                escape_path(&used.path),
+                holders_text(used)
+            );
+            (vec![text], None)
         }
-        ByteState::Free => {
+        None => {
             (vec![format!("  byte {offset} ({byte}) is free now: whoever held it has let go; try again")], Some(false))
-        }
-        ByteState::Unknown => {
-            let why = image.findings.first().map(|f| f.text.clone()).unwrap_or_default();
-            (vec![format!("  cannot tell whether byte {offset} is held now: {why}")], None)
         }
     }
 }
@@ -201,8 +255,17 @@ fn find(images: &[String], roots: &Roots) -> (Vec<Meant>, String) {
     let mut meant: Vec<Meant> = Vec::new();
     let mut note = "the message names no image: qlock-top why IMAGE says how one stands".to_owned();
     for named in images {
+        let named = &plain(named);
         let path = Path::new(named);
-        let here = status(path).ok().filter(|s| matches!(s.kind, FileKind::Regular | FileKind::Block));
+        let status = status(path).ok();
+        if status.is_some_and(|s| matches!(s.kind, FileKind::Directory | FileKind::Special))
+            || path.starts_with("/proc")
+            || path.starts_with("/sys")
+        {
+            note = format!("{} is no image here: it is a directory or a device", escape(named));
+            continue;
+        }
+        let here = status;
         if let Some(found) = here {
             let how = path.is_relative().then(|| " (the name in the message, from this directory)".to_owned());
             meant.push(Meant { path: path.to_owned(), file: found.id, how });
@@ -226,6 +289,17 @@ fn find(images: &[String], roots: &Roots) -> (Vec<Meant>, String) {
     (meant, note)
 }
 
+/// The file in one of QEMU's descriptions of a node: `file:PATH`, `json:{..}`.
+fn plain(named: &str) -> String {
+    fn file_name(value: &serde_json::Value) -> Option<&str> {
+        let of = |key: &str| value.get(key).and_then(serde_json::Value::as_str);
+        of("filename").or_else(|| of("file.filename")).or_else(|| file_name(value.get("file")?))
+    }
+    let parsed = named.strip_prefix("json:").and_then(|j| serde_json::from_str::<serde_json::Value>(j).ok());
+    let name = parsed.as_ref().and_then(file_name).unwrap_or(named);
+    name.strip_prefix("file:").unwrap_or(name).to_owned()
+}
+
 /// Adds what other mount namespaces have under the name; says what is to be said where that is nothing.
 fn inside(search: &mount_namespaces::Search, named: &str, meant: &mut Vec<Meant>, roots: &Roots) -> String {
     let shown = escape(named);
@@ -247,7 +321,8 @@ fn inside(search: &mount_namespaces::Search, named: &str, meant: &mut Vec<Meant>
     if let Some(of) = unreachable.first() {
         return format!(
             "{shown} exists in the mount namespace of {of} only, and no path of this host leads to it: run qlock-top there, \
-             such as with nsenter -t PID -m"
+             such as with nsenter -t {} -m",
+            of.rsplit(' ').next().unwrap_or("PID")
         );
     }
     let others = counted(search.looked_into, "other mount namespace", "other mount namespaces");

@@ -17,9 +17,12 @@ use crate::hold::PATIENCE_STEP;
 use crate::linux::lanes::PATIENCE;
 use crate::linux::probe::{self, Asker, OpenError};
 use crate::linux::storage::{Lane, Storage};
-use crate::monitor::what_if::{Outcome, WhatIf, chain, what_if};
+use crate::monitor::what_if::{Harm, Outcome, WhatIf, chain, what_if};
 use crate::protocol::{Access, HeldByOthers, Judgement, Operation, Recipe, judge};
 use crate::report::why;
+
+/// Between two looks at everybody who uses an image.
+const HARM_STEP: Duration = Duration::from_millis(500);
 
 /// One image that is waited for, with the files that are opened below it.
 struct Awaited {
@@ -52,7 +55,8 @@ pub(super) fn wait(
                 Err(Trouble::Blind) => return blind(&image.path, operation, common),
             }
         }
-        if all_pass {
+        // It would be let in, and that may be the danger: somebody may use the image without a lock that stops it.
+        if all_pass && harmless(&awaited, operation, common)? {
             return Ok(Exit::Fine);
         }
         let left = timeout.map(|t| t.saturating_sub(start.elapsed()));
@@ -60,7 +64,8 @@ pub(super) fn wait(
             return time_is_up(&awaited, &mut storage, operation, common);
         }
         // No event tells of a lock that is let go: see `PATIENCE_STEP`.
-        std::thread::sleep(left.map_or(PATIENCE_STEP, |l| l.min(PATIENCE_STEP)));
+        let step = if all_pass { HARM_STEP } else { PATIENCE_STEP };
+        std::thread::sleep(left.map_or(step, |l| l.min(step)));
     }
 }
 
@@ -86,6 +91,17 @@ fn tell(path: &Path, operation: &'static Operation, common: &Common) -> Result<(
     Ok(())
 }
 
+/// Whether nobody who uses an image would be harmed by the program; to know that, every process is asked.
+fn harmless(awaited: &[Arc<Awaited>], operation: &'static Operation, common: &Common) -> Result<bool, Failure> {
+    for image in awaited {
+        let (_, answer) = ask(&image.path, operation, common)?;
+        if answer.harm != Harm::None {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Storage that does not answer lets nobody in either: it is waited for like a holder.
 fn ask_all(awaited: &[Arc<Awaited>], storage: &mut Storage) -> Vec<Result<bool, Trouble>> {
     let questions = awaited.iter().map(|image| (Lane::Given(image.path.clone()), Arc::clone(image)));
@@ -101,7 +117,8 @@ fn time_is_up(
 ) -> Result<Exit, Failure> {
     let _ = writeln!(io::stderr(), "qlock-top: time is up");
     for (image, answer) in awaited.iter().zip(ask_all(awaited, storage)) {
-        if !matches!(answer, Ok(true)) {
+        let harms = || !matches!(harmless(std::slice::from_ref(image), operation, common), Ok(true));
+        if !matches!(answer, Ok(true)) || harms() {
             // What cannot even be told now does not make it another status.
             if let Err(failure) = tell(&image.path, operation, common) {
                 let _ = writeln!(io::stderr(), "qlock-top: {failure}");

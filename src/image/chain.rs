@@ -1,9 +1,9 @@
 //! Which files does an image stand on, on this host?
 //!
 //! Follows the names in the headers, as QEMU would open them, to regular files and block devices only; each is opened for
-//! reading, read and closed. A header is written by whoever wrote the image, so the chain has an end here even where its
-//! names go round in a circle. What cannot be followed is left out: whoever judges the image then says that it cannot
-//! tell.
+//! reading, read and closed. A relative name stands beside the image as it was named, not beside what a link leads to
+//! (`bdrv_get_full_backing_filename` in block.c). A header is written by whoever wrote the image, so the chain has an end
+//! here even where its names go round in a circle. What cannot be followed is told.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -13,6 +13,7 @@ use super::header::{self, Header};
 use crate::linux::identity::FileStatus;
 use crate::linux::probe;
 use crate::protocol::Family;
+use crate::text::{escape, escape_path};
 
 /// QEMU opens each file of a chain, and nobody's chain is this deep.
 const DEEPEST: usize = 200;
@@ -20,42 +21,63 @@ const DEEPEST: usize = 200;
 /// A file below an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileBelow {
-    /// Where it is, links resolved.
+    /// Where it is, as QEMU would name it.
     pub path: PathBuf,
     /// How QEMU treats it there.
     pub family: Family,
 }
 
-/// The files below `image`, nearest first.
+/// The files below an image.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Below {
+    /// Nearest first.
+    pub files: Vec<FileBelow>,
+    /// Why there may be more than these, in words.
+    pub cut_off: Option<String>,
+}
+
+/// Follows the chain below `image`.
 #[must_use]
-pub fn files_below(image: &Path) -> Vec<FileBelow> {
+pub fn below(image: &Path) -> Below {
     let mut files = Vec::new();
+    let cut_off = follow(image, &mut files).err();
+    Below { files, cut_off }
+}
+
+fn follow(image: &Path, files: &mut Vec<FileBelow>) -> Result<(), String> {
+    let unreadable = |path: &Path| format!("{} cannot be read", escape_path(path));
     let mut seen = HashSet::new();
-    let Some(mut top) = image.canonicalize().ok() else { return files };
-    let Some((status, mut header)) = read(&top) else { return files };
+    let mut top = image.to_owned();
+    let (status, mut header) = read(&top).ok_or_else(|| unreadable(&top))?;
     seen.insert(status.id);
-    while files.len() < DEEPEST {
-        let below = header.backing_file.as_ref().and_then(|name| header::backing_path(&top, name));
-        let Some(path) = below.and_then(|p| p.canonicalize().ok()) else { break };
-        let Some((status, its_header)) = read(&path) else { break };
+    loop {
+        if header.data_elsewhere {
+            return Err(format!("{} keeps its data in another file, which is not followed", escape_path(&top)));
+        }
+        let Some(name) = &header.backing_file else { return Ok(()) };
+        if files.len() == DEEPEST {
+            return Err(format!("the chain goes on below {DEEPEST} files"));
+        }
+        let path = header::backing_path(&top, name)
+            .ok_or_else(|| format!("the backing file {} is no path: it is not followed", escape(name)))?;
+        let (status, its_header) = read(&path).ok_or_else(|| unreadable(&path))?;
         if !seen.insert(status.id) {
-            break;
+            return Err(format!("{} is in the chain already: it goes round in a circle", escape_path(&path)));
         }
         let family = header::family_of_backing(header.backing_format.as_deref(), Some(its_header.format));
         files.push(FileBelow { path: path.clone(), family });
         if family == Family::Raw {
             // Whatever it looks like: what is opened as raw has nothing below it.
-            break;
+            return Ok(());
         }
         (top, header) = (path, its_header);
     }
-    files
 }
 
 /// The header of a file, and which file that is.
 #[must_use]
-pub fn read(resolved: &Path) -> Option<(FileStatus, Header)> {
-    let (file, status) = probe::open(resolved).ok()?;
+pub fn read(path: &Path) -> Option<(FileStatus, Header)> {
+    let (file, status) = probe::open(&path.canonicalize().ok()?).ok()?;
     let file = File::from(file);
     let length = header::length(&file, &status);
     Some((status, header::read(&file, length).ok()?))
@@ -77,7 +99,7 @@ mod tests {
     }
 
     fn paths_below(image: &Path) -> Vec<PathBuf> {
-        files_below(image).into_iter().map(|f| f.path).collect()
+        below(image).files.into_iter().map(|f| f.path).collect()
     }
 
     #[test]
@@ -88,11 +110,27 @@ mod tests {
         qcow2(&path("middle"), path("base").to_str().unwrap());
         std::fs::write(path("base"), "raw").unwrap();
         assert_eq!(paths_below(&path("top")), [path("middle"), path("base")]);
-        assert_eq!(files_below(&path("top"))[1].family, Family::Raw);
+        let whole = below(&path("top"));
+        assert_eq!((whole.files[1].family, whole.cut_off), (Family::Raw, None));
         qcow2(&path("base"), "top");
         assert_eq!(paths_below(&path("top")), [path("middle"), path("base")]);
+        assert!(below(&path("top")).cut_off.unwrap().contains("circle"));
         std::fs::remove_file(path("base")).unwrap();
         assert_eq!(paths_below(&path("top")), [path("middle")]);
+    }
+
+    #[test]
+    fn a_relative_name_stands_beside_the_name_that_was_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().canonicalize().unwrap().join(name);
+        for directory in ["A", "B"] {
+            std::fs::create_dir(path(directory)).unwrap();
+            std::fs::write(path(directory).join("base"), "raw").unwrap();
+        }
+        qcow2(&path("B/top"), "base");
+        std::os::unix::fs::symlink("../B/top", path("A/link")).unwrap();
+        assert_eq!(paths_below(&path("A/link")), [path("A/base")]);
+        assert_eq!(paths_below(&path("B/top")), [path("B/base")]);
     }
 
     #[test]
@@ -101,8 +139,9 @@ mod tests {
         let top = dir.path().join("top");
         for name in ["/dev/zero", "/proc", "nbd://host/x", "json:{}", "missing"] {
             qcow2(&top, name);
-            assert_eq!(files_below(&top), [], "{name}");
+            let found = below(&top);
+            assert!(found.files.is_empty() && found.cut_off.is_some(), "{name}");
         }
-        assert_eq!(files_below(Path::new("/nowhere")), []);
+        assert!(below(Path::new("/nowhere")).cut_off.unwrap().contains("/nowhere cannot be read"));
     }
 }

@@ -73,6 +73,8 @@ impl Storage {
     }
 
     fn mount_of(&self, path: &Path) -> u64 {
+        let absolute = if path.is_relative() { std::env::current_dir().ok().map(|d| d.join(path)) } else { None };
+        let path = absolute.as_deref().unwrap_or(path);
         self.mounts.as_ref().and_then(|m| m.above(path)).map_or(0, |(id, _): (u64, &Mount)| id)
     }
 

@@ -2,10 +2,13 @@
 //!
 //! Only words: nothing here is ever run. Pure.
 
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
 use super::snapshot::Image;
 use crate::linux::identity::ProcessId;
 use crate::linux::process::ProcessFacts;
-use crate::text::escape;
+use crate::text::is_treacherous;
 
 /// Commands for one process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +76,12 @@ pub fn advice(process: &ProcessFacts) -> Advice {
             let unit = quote(unit);
             (format!("systemctl status {unit}"), format!("systemctl stop {unit}"))
         }
+        Manager::Nobody if process.command.starts_with("qemu-system") || process.command == "qemu-kvm" => {
+            let pid = process.id.pid;
+            let release =
+                format!("# QMP system_powerdown, or shut the guest down from inside; kill {pid} is a power cut for it");
+            (format!("ps -fp {pid}"), release)
+        }
         Manager::Nobody => {
             // A pid may be used again before the command is typed: the start time says whether it is the same process.
             let ProcessId { pid, start_time } = process.id;
@@ -88,23 +97,52 @@ pub fn advice(process: &ProcessFacts) -> Advice {
 /// What to type about an image that is held, but not by anybody who can be named.
 #[must_use]
 pub fn advice_for_ownerless(image: &Image) -> Option<Advice> {
-    let path = quote(&image.path.to_string_lossy());
+    let path = quote_path(&image.path);
     (!image.ownerless().is_empty()).then(|| Advice {
         inspect: format!("losetup -j {path}; findmnt -T {path}"),
         release: "# the holder is not on this host, or cannot be seen by this user".to_owned(),
     })
 }
 
-/// `text` as one word of a shell, without anything that acts on a terminal.
+/// `text` as one word of a shell, without anything that acts on a terminal: what would is written as `$'..'` (bash, zsh,
+/// ksh and POSIX.1-2024) takes it.
 #[must_use]
 pub fn quote(text: &str) -> String {
-    let text = escape(text);
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:@%+=,".contains(c);
     if !text.is_empty() && text.chars().all(plain) {
-        text.into_owned()
-    } else {
-        format!("'{}'", text.replace('\'', r"'\''"))
+        return text.to_owned();
     }
+    if !text.chars().any(is_treacherous) {
+        return format!("'{}'", text.replace('\'', r"'\''"));
+    }
+    quote_bytes(text.as_bytes())
+}
+
+/// A path as one word of a shell: also one that is no UTF-8, or that looks like an option.
+#[must_use]
+pub fn quote_path(path: &Path) -> String {
+    let bytes = path.as_os_str().as_bytes();
+    let bytes = if bytes.starts_with(b"-") { [b"./", bytes].concat() } else { bytes.to_vec() };
+    String::from_utf8(bytes).map_or_else(|e| quote_bytes(e.as_bytes()), |text| quote(&text))
+}
+
+fn quote_bytes(bytes: &[u8]) -> String {
+    let mut out = "$'".to_owned();
+    for chunk in bytes.utf8_chunks() {
+        for c in chunk.valid().chars() {
+            match c {
+                '\'' | '\\' => out.extend(['\\', c]),
+                c if is_treacherous(c) => {
+                    // In octal, which has a length of its own: what follows may be a digit.
+                    let mut buffer = [0; 4];
+                    out.extend(c.encode_utf8(&mut buffer).bytes().map(|b| format!("\\{b:03o}")));
+                }
+                c => out.push(c),
+            }
+        }
+        out.extend(chunk.invalid().iter().map(|b| format!("\\{b:03o}")));
+    }
+    out + "'"
 }
 
 #[cfg(test)]
@@ -112,13 +150,17 @@ mod tests {
     use super::*;
     use crate::monitor::examples::process;
 
-    fn release(vm: Option<&str>, unit: Option<&str>, container: Option<&str>) -> String {
+    fn release_of(command: &str, vm: Option<&str>, unit: Option<&str>, container: Option<&str>) -> String {
         let facts = ProcessFacts {
             unit: unit.map(str::to_owned),
             container: container.map(str::to_owned),
-            ..process(42, "qemu-system-x86", vm)
+            ..process(42, command, vm)
         };
         advice(&facts).release
+    }
+
+    fn release(vm: Option<&str>, unit: Option<&str>, container: Option<&str>) -> String {
+        release_of("qemu-system-x86", vm, unit, container)
     }
 
     #[test]
@@ -126,9 +168,10 @@ mod tests {
         assert_eq!(release(Some("web01"), Some(r"machine-qemu\x2d1\x2dweb01.scope"), None), "virsh shutdown web01");
         assert_eq!(release(Some("db"), Some("101.scope"), None), "qm shutdown 101");
         assert_eq!(release(None, Some("qemu-nbd@vdb.service"), None), "systemctl stop qemu-nbd@vdb.service");
-        assert!(release(None, Some("cron.service"), None).ends_with("&& kill 42"));
+        assert!(release_of("dd", None, Some("cron.service"), None).ends_with("&& kill 42"));
+        assert!(release(Some("x"), Some("cron.service"), None).contains("system_powerdown"));
         assert!(release(Some("x"), None, Some("0123 pod 1-2")).contains("virtctl stop"));
-        assert!(release(None, Some("session-4.scope"), None).ends_with("= 1042 ] && kill 42"));
+        assert!(release_of("dd", None, Some("session-4.scope"), None).ends_with("= 1042 ] && kill 42"));
     }
 
     #[test]
@@ -136,7 +179,9 @@ mod tests {
         assert_eq!(quote("web01"), "web01");
         assert_eq!(quote("a b"), "'a b'");
         assert_eq!(quote("it's; rm -rf /"), r"'it'\''s; rm -rf /'");
-        assert_eq!(quote("a\nb"), r"'a\nb'");
+        assert_eq!(quote("a\nb\u{202e}'\\9"), r"$'a\012b\342\200\256\'\\9'");
+        assert_eq!(quote_path(Path::new("-rf")), "./-rf");
+        assert_eq!(quote_path(Path::new(std::ffi::OsStr::from_bytes(b"a\xff7"))), r"$'a\3777'");
         assert_eq!(quote(""), "''");
     }
 

@@ -191,6 +191,8 @@ pub struct Image {
     pub openers: Vec<Opener>,
     /// What an admin should know about it.
     pub findings: Vec<Finding>,
+    /// The loop devices that stand on it, each with where its file system is mounted.
+    pub loop_devices: Vec<String>,
     /// How many of the watched images stand on it directly.
     pub overlays: usize,
 }

@@ -45,6 +45,7 @@ pub(super) fn understand(image: &ImageSample, sample: &Sample) -> Image {
         holders,
         openers,
         findings: Vec::new(),
+        loop_devices: image.loop_devices.clone(),
         overlays: sample
             .images
             .iter()

@@ -3,10 +3,11 @@
 //! The mildest first: nothing to do, read along without denying anything, ask the running VM to do it, wait for a tool to
 //! end, and only then stop somebody. Only words: nothing here is ever run. Pure.
 
-use super::advice::{Manager, advice, advice_for_ownerless, quote};
-use super::snapshot::{Holder, Image, Snapshot, Verdict};
-use super::what_if::{Harm, Outcome, Refused, WhatIf, shared_reader_passes};
+use super::advice::{Manager, advice, advice_for_ownerless, quote, quote_path};
+use super::snapshot::{ByteState, Holder, Image, Snapshot, Verdict};
+use super::what_if::{Harm, Outcome, Refused, WhatIf, chain, shared_reader_passes};
 use super::wording::process_name;
+use crate::linux::descriptors::OpenMode;
 use crate::linux::process::ProcessFacts;
 use crate::protocol::Operation;
 use crate::text::{escape, escape_path};
@@ -38,15 +39,31 @@ pub fn ways_out(snapshot: &Snapshot, image: &Image, answer: &WhatIf) -> Vec<Stri
             ways
         }
         (Outcome::Granted, Harm::WritesBesideWriter) => users(image).map(|p| stop(p, "first stop ")).collect(),
+        (Outcome::Granted, Harm::BaseIsWritten) => {
+            let below: Vec<&Image> = chain(snapshot, image).into_iter().flatten().map(|l| l.image).collect();
+            let writers = below.iter().flat_map(|i| &i.openers).filter(|o| o.mode == OpenMode::Write);
+            let mut ways: Vec<String> = writers.map(|o| stop(&o.process, "first stop ")).collect();
+            let loops = below.iter().flat_map(|i| &i.loop_devices);
+            ways.extend(loops.map(|d| format!("first detach loop device {d}")));
+            ways
+        }
         (Outcome::Unknown(_), _) if image.verdict == Verdict::Stalled => vec![format!(
             "see that {} {} answers again; nothing can be told before",
             escape(&image.filesystem.kind),
             escape(&image.filesystem.source)
         )],
-        (Outcome::Unknown(_), _) => vec![
-            "run qlock-top as root, or with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH, on the host that has the image"
-                .to_owned(),
-        ],
+        // Only where it is a matter of permission would root see more.
+        (Outcome::Unknown(_), _)
+            if image.format.is_none() || image.bytes.iter().any(|b| b.state == ByteState::Unknown) =>
+        {
+            vec![
+                "run qlock-top as root, or with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH, on the host that has the image"
+                    .to_owned(),
+            ]
+        }
+        (Outcome::Unknown(_), _) => {
+            vec!["look at the files that it stands on one by one: qlock-top why FILE".to_owned()]
+        }
         (Outcome::Refused(refused), _) => after_refusal(snapshot, image, answer.operation, refused),
     }
 }
@@ -71,7 +88,7 @@ fn after_refusal(snapshot: &Snapshot, image: &Image, operation: &Operation, refu
     ways.extend(processes.iter().filter_map(|p| live(operation, image, p)));
     let on = escape_path(&refused.on_image);
     if !processes.is_empty() && processes.iter().all(|p| is_tool(p)) {
-        let path = quote(&image.path.to_string_lossy());
+        let path = quote_path(&image.path);
         ways.push(format!("wait until it ends: qlock-top wait {path} --as {}", operation.name));
     }
     ways.extend(processes.iter().map(|p| stop(p, "stop ")));
@@ -112,7 +129,7 @@ fn is_tool(process: &ProcessFacts) -> bool {
 
 /// How the VM that holds the image can be asked to do the same while it runs.
 fn live(operation: &Operation, image: &Image, process: &ProcessFacts) -> Option<String> {
-    let path = quote(&image.path.to_string_lossy());
+    let path = quote_path(&image.path);
     let is_vm = process.vm.is_some() || process.command.starts_with("qemu-system") || process.command == "qemu-kvm";
     if !is_vm {
         return None;
@@ -123,10 +140,11 @@ fn live(operation: &Operation, image: &Image, process: &ProcessFacts) -> Option<
             let vm = quote(vm);
             match operation.name {
                 "resize" | "io-truncate" => format!("virsh blockresize {vm} {path} SIZE"),
-                "commit-into-backing" => format!("virsh blockcommit {vm} {path} --active --pivot"),
-                "snapshot-create" => format!("virsh snapshot-create-as {vm} NAME --disk-only"),
+                "snapshot-create" => {
+                    format!("virsh snapshot-create-as {vm} NAME --disk-only, after which it writes to a new file")
+                }
                 "convert-source" | "dd-source" => format!("virsh backup-begin {vm}"),
-                "rebase-backing" | "rebase-unsafe" => format!("virsh blockpull {vm} {path}"),
+                "rebase-unsafe" => format!("virsh blockpull {vm} {path}"),
                 "bitmap-add" => format!("virsh checkpoint-create-as {vm} NAME"),
                 _ => return None,
             }
@@ -144,10 +162,9 @@ fn live(operation: &Operation, image: &Image, process: &ProcessFacts) -> Option<
         },
         Manager::Unit(_) | Manager::Nobody => match operation.name {
             "resize" | "io-truncate" => "QMP block_resize".to_owned(),
-            "commit-into-backing" => "QMP block-commit".to_owned(),
             "snapshot-create" => "QMP blockdev-snapshot, or blockdev-snapshot-internal-sync".to_owned(),
             "convert-source" | "dd-source" => "QMP blockdev-backup".to_owned(),
-            "rebase-backing" | "rebase-unsafe" => "QMP block-stream".to_owned(),
+            "rebase-unsafe" => "QMP block-stream".to_owned(),
             "bitmap-add" => "QMP block-dirty-bitmap-add".to_owned(),
             _ => return None,
         },
@@ -158,7 +175,6 @@ fn live(operation: &Operation, image: &Image, process: &ProcessFacts) -> Option<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linux::descriptors::OpenMode;
     use crate::monitor::examples::{descriptor, holds, image, process, sample};
     use crate::monitor::sample::ImageSample;
     use crate::monitor::what_if::what_if;

@@ -58,6 +58,8 @@ pub enum Harm {
     Overwrites,
     /// Write while somebody else writes without a lock that would stop it.
     WritesBesideWriter,
+    /// Stand on a file that somebody writes to without a lock.
+    BaseIsWritten,
 }
 
 /// Every program that there is for the format of `image`.
@@ -82,7 +84,10 @@ pub fn worst_first(answers: &mut [WhatIf]) {
 #[must_use]
 pub fn what_if(snapshot: &Snapshot, image: &Image, operation: &'static Operation) -> Option<WhatIf> {
     let recipe = operation.recipe(image.family())?;
-    let in_use = !image.holders.is_empty() || !image.openers.is_empty() || !image.held().is_empty();
+    let in_use = !image.holders.is_empty()
+        || !image.openers.is_empty()
+        || !image.held().is_empty()
+        || !image.loop_devices.is_empty();
     let outcome = if image.format.is_none() {
         Outcome::Unknown(format!("{} cannot be read: its format is unknown", crate::text::escape_path(&image.path)))
     } else if recipe.steps.is_empty() {
@@ -103,19 +108,22 @@ pub fn what_if(snapshot: &Snapshot, image: &Image, operation: &'static Operation
     };
     // Whether those other files are opened is the format's own business: only what asks nothing of the image leaves them.
     let outcome = match outcome {
-        Outcome::Granted if image.data_elsewhere && !recipe.steps.is_empty() => Outcome::Unknown(format!(
-            "{} keeps its data in another file, which QEMU would lock too and which is not looked at here",
-            crate::text::escape_path(&image.path)
-        )),
+        Outcome::Granted if image.data_elsewhere && !recipe.steps.is_empty() => Outcome::Unknown(data_elsewhere(image)),
         other => other,
     };
     let widest = recipe.widest_access();
     let writes = widest.permissions.contains(Permission::Write) || widest.permissions.contains(Permission::Resize);
     let beside_writer = image.openers.iter().any(|o| o.mode == OpenMode::Write)
+        || !image.loop_devices.is_empty()
         || image.holders.iter().any(|h| h.access.permissions.contains(Permission::Write));
+    let written_below = || {
+        let written = |i: &Image| i.openers.iter().any(|o| o.mode == OpenMode::Write) || !i.loop_devices.is_empty();
+        chain(snapshot, image).into_iter().flatten().any(|l| written(l.image))
+    };
     let harm = match outcome {
         Outcome::Granted if recipe.destroys_after_step.is_some() && in_use => Harm::Overwrites,
         Outcome::Granted if writes && beside_writer => Harm::WritesBesideWriter,
+        Outcome::Granted if !operation.backing.is_empty() && written_below() => Harm::BaseIsWritten,
         _ => Harm::None,
     };
     Some(WhatIf { operation, outcome, harm })
@@ -218,6 +226,9 @@ fn below(snapshot: &Snapshot, image: &Image, operation: &Operation) -> Outcome {
         if let Some(why) = unknown(backing) {
             return Outcome::Unknown(why);
         }
+        if backing.data_elsewhere {
+            return Outcome::Unknown(data_elsewhere(backing));
+        }
         if let Some((byte, sentence)) = first_refusal(access, held_by_others(backing)) {
             return Outcome::Refused(Refused {
                 byte,
@@ -229,6 +240,13 @@ fn below(snapshot: &Snapshot, image: &Image, operation: &Operation) -> Outcome {
         }
     }
     Outcome::Granted
+}
+
+fn data_elsewhere(image: &Image) -> String {
+    format!(
+        "{} keeps its data in another file, which QEMU would lock too and which is not looked at here",
+        crate::text::escape_path(&image.path)
+    )
 }
 
 fn unknown(image: &Image) -> Option<String> {

@@ -21,6 +21,8 @@ pub struct Report {
     pub domain: Option<String>,
     /// It is the file below the image that was refused: `Could not open backing file`.
     pub on_backing_file: bool,
+    /// The images were named earlier in the text, not in the message itself: they may be others.
+    pub guessed: bool,
 }
 
 /// Messages that hold messages that hold messages: an event in a status in a log.
@@ -199,6 +201,7 @@ fn reports(text: &str) -> Vec<Report> {
         let before = &text[before_from..start];
         let hint = hint(&squeezed, end, next);
         let mut images: Vec<String> = hint.iter().flat_map(|h| unwrapped(h)).collect();
+        let guessed = hint.is_none() && !named_before(of_message(before)).iter().any(|name| !name.is_empty());
         images.extend(named_before(before));
         images.dedup();
         let message = Message {
@@ -210,7 +213,8 @@ fn reports(text: &str) -> Vec<Report> {
             message,
             images,
             program: program(before),
-            domain: domain(&text[..start]),
+            domain: domain(far_before(text, start)),
+            guessed,
             on_backing_file: squeezed.text[..at].ends_with("Couldnotopenbackingfile:F")
                 || squeezed.text[..at].ends_with("Couldnotopenbackingimage:F"),
         });
@@ -303,6 +307,21 @@ fn named_before(before: &str) -> Vec<String> {
     found.into_iter().map(|(_, name)| name).collect()
 }
 
+/// What of the words before a sentence belongs to its message: the last option of a command line, or the line.
+fn of_message(before: &str) -> &str {
+    let line = &before[before.rfind('\n').map_or(0, |at| at + 1)..];
+    let option =
+        line.rmatch_indices(" -").find(|(at, _)| line[at + 2..].starts_with(|c: char| c.is_ascii_alphabetic()));
+    option.map_or(line, |(at, _)| &line[at..])
+}
+
+/// As much of the text before a sentence as may still be about it.
+fn far_before(text: &str, start: usize) -> &str {
+    let from = start.saturating_sub(8 * LOOK_BACK);
+    let from = (from..=start).find(|i| text.is_char_boundary(*i)).unwrap_or(start);
+    &text[from..start]
+}
+
 /// The program that speaks: the last word before the sentence that names a QEMU.
 fn program(before: &str) -> Option<String> {
     let is_part = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
@@ -323,6 +342,16 @@ fn domain(before: &str) -> Option<String> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_name_that_stands_elsewhere_in_the_text_is_a_guess() {
+        let guessed = |text: &str| decode(text)[0].guessed;
+        assert!(guessed("systemd: file=/etc/passwd\nsome thing: Failed to get \"write\" lock"));
+        assert!(guessed("qemu: -blockdev file,filename=/a -device virtio-blk,drive=b: Failed to get \"write\" lock"));
+        assert!(!guessed("qemu: -drive file=/a.raw,format=raw: Failed to get \"write\" lock"));
+        assert!(!guessed("qemu-img: Could not open '/a.raw': Failed to get \"write\" lock"));
+        assert!(!guessed("Failed to get \"write\" lock\nIs another process using the image [/a.raw]?"));
+    }
 
     #[test]
     fn a_plain_message_says_all_that_it_holds() {

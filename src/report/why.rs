@@ -95,7 +95,7 @@ pub struct PastedAnswer<'a> {
     pub message: String,
     /// The byte that it is about.
     pub byte: Option<LockByte>,
-    /// Whether the byte is held now; `None`: cannot tell.
+    /// Whether somebody is in the way now; `None`: cannot tell.
     pub held: Option<bool>,
     /// Who holds it.
     pub holders: Vec<&'a Holder>,
@@ -150,9 +150,15 @@ pub fn write_text(
         (Outcome::Granted, Harm::WritesBesideWriter) => {
             lines.push(format!("DANGER: {name} IS GRANTED AND WRITES TO {path} BESIDE ANOTHER WRITER"));
         }
+        (Outcome::Granted, Harm::BaseIsWritten) => {
+            lines.push(format!("DANGER: {name} IS GRANTED, BUT A FILE BELOW {path} IS WRITTEN TO WITHOUT A LOCK"));
+        }
         (Outcome::Granted, Harm::None) => lines.push(format!("granted: {name} on {path}")),
         (Outcome::Refused(_), _) => lines.push(format!("refused: {name} on {path}")),
         (Outcome::Unknown(why), _) => lines.push(format!("cannot tell: {name} on {path}: {why}")),
+    }
+    if let Some(recipe) = answer.operation.recipe(image.family()) {
+        lines.push(format!("  {name} was measured as: {}", recipe.command));
     }
     match &answer.outcome {
         Outcome::Refused(refused) => {
@@ -223,6 +229,7 @@ pub fn write_table(mut out: impl Write, layout: Layout, image: &Image, answers: 
             (Outcome::Granted, Harm::None) => "granted".to_owned(),
             (Outcome::Granted, Harm::Overwrites) => "GRANTED: IT WOULD OVERWRITE AN IMAGE THAT IS IN USE".to_owned(),
             (Outcome::Granted, Harm::WritesBesideWriter) => "GRANTED: IT WOULD WRITE BESIDE ANOTHER WRITER".to_owned(),
+            (Outcome::Granted, Harm::BaseIsWritten) => "GRANTED: BUT A FILE BELOW IT IS BEING WRITTEN".to_owned(),
             (Outcome::Unknown(why), _) => format!("cannot tell: {why}"),
             (Outcome::Refused(refused), _) => {
                 let mut who: Vec<String> = refused.holders.iter().map(|h| process_name(&h.process)).collect();

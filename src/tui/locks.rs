@@ -8,6 +8,7 @@ use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,8 @@ pub(super) struct Locks {
     /// Ended before it was told that they were taken.
     over: HashSet<u64>,
     next: u64,
+    /// Goes up when all is let go: what was asked for before is not wanted any more.
+    round: Arc<AtomicU64>,
     news: Receiver<News>,
     teller: Teller,
     bell: PipeReader,
@@ -58,7 +61,7 @@ impl Locks {
         let (bell, ringer) = io::pipe()?;
         let (sender, news) = mpsc::channel();
         let teller = Teller { news: sender, ringer: Arc::new(ringer) };
-        Ok(Self { leases: HashMap::new(), over: HashSet::new(), next: 1, news, teller, bell })
+        Ok(Self { leases: HashMap::new(), over: HashSet::new(), next: 1, round: Arc::default(), news, teller, bell })
     }
 
     /// Becomes readable when there is news.
@@ -113,7 +116,13 @@ impl Locks {
         let teller = self.teller.clone();
         let requested = Instant::now();
         let (asked, name) = (key.clone(), resolved.clone());
+        let (round, of_now) = (Arc::clone(&self.round), self.round.load(Ordering::SeqCst));
         let work = move || match take(&key, &resolved, &accesses, id, requested + limit, &teller) {
+            Ok(lease) if round.load(Ordering::SeqCst) != of_now => {
+                drop(lease);
+                let why = "all test locks were let go meanwhile; nothing is held".to_owned();
+                teller.tell(News::Other(LockNews::Refused { key, why }));
+            }
             Ok(lease) => teller.tell(News::Taken { id, key, lease }),
             Err(why) => teller.tell(News::Other(LockNews::Refused { key, why })),
         };
@@ -136,6 +145,7 @@ impl Locks {
 
     /// Lets go of all, and waits a little for it.
     pub(super) fn release_all(&mut self) {
+        self.round.fetch_add(1, Ordering::SeqCst);
         // Taken meanwhile, and not told yet.
         while let Ok(news) = self.news.try_recv() {
             match news {

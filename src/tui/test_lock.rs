@@ -200,6 +200,8 @@ pub(super) fn open(model: &mut Model) {
             Some("read-only: no test locks (--read-only, or read-only = true in the configuration)".to_owned());
         return;
     }
+    // What is decided here must be decided by what is so now.
+    super::update::thaw(model);
     model.overlay = match (&model.overlay, model.selected_image()) {
         (Some(Overlay::TestLock(_)), _) => None,
         (_, Some(image)) => Some(Overlay::TestLock(TestLock::new(image))),

@@ -330,13 +330,16 @@ fn set_interval(model: &mut Model, next: impl Fn(u64) -> Option<u64>) -> Option<
     Some(Effect::SetInterval(interval))
 }
 
+/// The screen goes on, with what has come meanwhile.
+pub(super) fn thaw(model: &mut Model) {
+    if let Some(live) = model.frozen.take().and_then(|f| f.live) {
+        show(model, live);
+    }
+}
+
 fn freeze(model: &mut Model) {
-    match model.frozen.take() {
-        Some(frozen) => {
-            if let Some(live) = frozen.live {
-                show(model, live);
-            }
-        }
+    match model.frozen {
+        Some(_) => thaw(model),
         None => model.frozen = Some(Frozen { since: model.now, live: None, missed: 0, events: model.events.len() }),
     }
 }

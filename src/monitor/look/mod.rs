@@ -253,7 +253,8 @@ impl Looker {
             .filter_map(|e| self.images.get(&e.resolved).map(|i| (e, i)))
             .map(|(e, i)| {
                 // One file under two names is asked once and shown under both.
-                ImageSample { path: e.path.clone(), ..i.clone() }
+                let backing = self.backing_of(&e.path, i.header.as_ref());
+                ImageSample { path: e.path.clone(), backing, ..i.clone() }
             })
             .collect();
         let loops = self.loop_devices();

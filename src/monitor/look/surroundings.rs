@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::super::sample::Backing;
 use super::Looker;
 use crate::image::catalog::Entry;
-use crate::image::header;
+use crate::image::header::{self, Header};
 use crate::linux::identity::{FileId, FileKind, FileStatus, status};
 use crate::linux::loop_devices;
 use crate::text::escape_path;
@@ -45,19 +45,16 @@ fn find(path: PathBuf) -> Backing {
 impl Looker {
     /// Finds the files that the headers of `targets` name as their backing files.
     pub(super) fn find_backings(&mut self, targets: &[Arc<Entry>]) {
-        let named: Vec<(PathBuf, PathBuf)> = targets
-            .iter()
-            .filter_map(|entry| {
-                let header = self.images.get(&entry.resolved)?.header.as_ref()?;
-                let path = header::backing_path(&entry.resolved, header.backing_file.as_ref()?)?;
-                Some((entry.resolved.clone(), path))
-            })
-            .collect();
+        let named = targets.iter().filter_map(|entry| {
+            let header = self.images.get(&entry.resolved)?.header.as_ref()?;
+            // QEMU looks beside the name that it was given, wherever a link leads.
+            header::backing_path(&entry.path, header.backing_file.as_ref()?)
+        });
         let fresh = |path: &Path| {
             let known = self.backings.get(path);
             known.is_some_and(|k| k.backing.file.is_some() && k.asked_at.elapsed() < BACKING_AGE)
         };
-        let mut due: Vec<PathBuf> = named.iter().map(|(_, path)| path).filter(|p| !fresh(p)).cloned().collect();
+        let mut due: Vec<PathBuf> = named.filter(|p| !fresh(p)).collect();
         due.sort_unstable();
         due.dedup();
         let questions: Vec<_> = due.iter().map(|path| (self.storage.lane_of(path), path.clone())).collect();
@@ -72,12 +69,12 @@ impl Looker {
             });
             self.backings.insert(path, KnownBacking { asked_at: Instant::now(), backing });
         }
-        for (resolved, path) in named {
-            let backing = self.backings.get(&path).map(|k| k.backing.clone());
-            if let Some(image) = self.images.get_mut(&resolved) {
-                image.backing = backing;
-            }
-        }
+    }
+
+    /// The backing file of an image under the name by which it is shown.
+    pub(super) fn backing_of(&self, shown: &Path, header: Option<&Header>) -> Option<Backing> {
+        let path = header::backing_path(shown, header?.backing_file.as_ref()?)?;
+        self.backings.get(&path).map(|k| k.backing.clone())
     }
 
     /// Forgets backing files that no image names any more.
