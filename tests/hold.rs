@@ -478,7 +478,8 @@ fn what_cannot_be_held_is_an_error_that_says_what_there_is() {
 #[test]
 fn a_timeout_lets_go_of_inherited_locks_too() {
     let (_images, path) = one_image();
-    let script = "sleep 1000 & echo $!; wait";
+    // Away from our pipe, which would else stay open.
+    let script = "sleep 1000 >/dev/null 2>&1 & echo $!; wait";
     let ended = output(&mut hold(&path, &["--as", "vm", "--inherit", "--timeout", "100ms", "--", "sh", "-c", script]));
     let left_behind: i32 = String::from_utf8(ended.stdout).unwrap().trim().parse().unwrap();
     assert_eq!(ended.status.code(), Some(124));

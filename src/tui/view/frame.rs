@@ -82,15 +82,16 @@ pub(super) fn banner(model: &Model, theme: &Theme, buffer: &mut Buffer, area: Re
     if let Some(first) = model.own_locks.iter().min_by_key(|l| l.until) {
         let left = span(seconds_left(first, model.now));
         let what = match model.own_locks.len() {
-            1 => format!("{} on {}", first.access, short_name(model, &first.key.0)),
-            n => format!("{n} locks, the next to end on {}", short_name(model, &first.key.0)),
+            1 => format!("TEST LOCK {} on ", first.access),
+            n => format!("{n} TEST LOCKS, next "),
         };
-        let end = format!("  ends in {left}{dot}u lets go, U all ", dot = theme.dot);
+        let name = short_name(model, &first.key.0);
+        let keys = if area.width < 60 { String::new() } else { format!("{}u lets go, U all", theme.dot) };
+        let end = format!("  ends in {left}{keys} ");
         let frozen = if model.frozen.is_some() { "FROZEN, " } else { "" };
-        let room = usize::from(area.width).saturating_sub(width(&end) + width(frozen));
-        let text = format!(" {frozen}TEST LOCK {what}");
-        let text = if theme.ascii { to_ascii(&text).into_owned() } else { text };
-        let text = format!("{}{end}", cut_middle(&text, room, theme.cut));
+        let room = usize::from(area.width).saturating_sub(width(&end) + width(frozen) + width(&what) + 1);
+        let name = if theme.ascii { to_ascii(&name) } else { name.into() };
+        let text = format!(" {frozen}{what}{}{end}", cut_middle(&name, room.max(4), theme.cut));
         put(buffer, theme, area, 0, &[piece(pad_end(&text, area.width.into()), theme.own_lock)]);
         return;
     }

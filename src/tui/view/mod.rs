@@ -105,7 +105,8 @@ pub fn lowest_scroll(model: &Model) -> usize {
 /// The last line at which the help may begin.
 #[must_use]
 pub fn lowest_help(model: &Model) -> usize {
-    overlay::help_overhang(model.size)
+    let (columns, rows) = model.size;
+    overlay::help_overhang((columns, rows.saturating_sub(u16::from(!model.own_locks.is_empty()))))
 }
 
 /// What is at this place of the screen.
@@ -144,7 +145,9 @@ pub fn draw(model: &Model, theme: &Theme, buffer: &mut Buffer) {
         panels::draw(model, theme, buffer, area);
     }
     if model.overlay.is_some() {
-        let top = places.title.bottom();
+        // What counts down stays in sight.
+        let banner = places.banner.filter(|_| !model.own_locks.is_empty());
+        let top = banner.unwrap_or(places.title).bottom();
         overlay::draw(model, theme, buffer, Rect::new(0, top, model.size.0, places.bar.y - top));
     }
     if let Some(area) = places.filter {
