@@ -4,7 +4,7 @@
 mod support;
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use serde_json::Value;
 use support::{
@@ -270,52 +270,6 @@ fn a_posix_locker_is_named_once_and_as_such() {
     assert_eq!(access_of(&holders[0]), "c/-");
     assert_eq!(image["verdict"], "held");
     assert!(image["findings"].as_array().unwrap().iter().any(|f| f["code"] == "posix-lock"));
-}
-
-const WHOLE: &str = r"
-import fcntl, sys
-f = open(sys.argv[1], 'r+b')
-fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-sys.stdin.read()
-";
-
-#[test]
-fn a_lock_that_is_not_qemus_is_shown_with_its_range() {
-    if !have(&["python3"]) {
-        return;
-    }
-    let images = Images::new();
-    let path = images.raw("b.raw");
-    let _holder = holding(&mut python(WHOLE, &[&path]), &path, "cwurg/cwurg");
-    let (snapshot, code) = list(&path);
-    let image = image(&snapshot, &path);
-    assert_eq!((code, image["verdict"].as_str()), (1, Some("held")));
-    let holder = &image["holders"][0];
-    assert_eq!(holder["foreign"], serde_json::json!({"start": 0, "end": null, "mode": "write"}));
-    assert_eq!(access_of(holder), "-/-");
-    assert!(image["bytes"].as_array().unwrap().iter().all(|b| b["holders"] == serde_json::json!([0])));
-}
-
-#[test]
-fn who_has_it_open_without_a_lock_is_an_opener() {
-    if !have(&["qemu-system-x86_64", "python3"]) {
-        return;
-    }
-    let images = Images::new();
-    let path = images.raw("b.raw");
-    let mut command = paused_vm("unsafe");
-    command.arg("-drive").arg(format!("file={},if=virtio,format=raw,file.locking=off", path.display()));
-    let vm = Running::spawn(command.stdin(Stdio::null()));
-    let opener = wait_for("the VM to open its disk for writing", || {
-        let (snapshot, _) = list(&path);
-        let openers = image(&snapshot, &path)["openers"].as_array().unwrap().clone();
-        openers.into_iter().find(|o| o["mode"] == "write")
-    });
-    assert_eq!((opener["pid"].as_i64(), opener["vm"].as_str()), (Some(vm.pid().into()), Some("unsafe")));
-    let (snapshot, code) = list(&path);
-    let image = image(&snapshot, &path);
-    assert_eq!((code, image["verdict"].as_str()), (0, Some("free")), "no lock is held");
-    assert_eq!(image["findings"][0]["code"], "unlocked-writer");
 }
 
 #[test]

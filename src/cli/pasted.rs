@@ -232,8 +232,7 @@ fn on_image(inquiry: &Inquiry, report: &Report) -> (Vec<String>, Option<bool>) {
         let why = unknown.findings.first().map(|f| f.text.clone()).unwrap_or_default();
         return (vec![format!("  cannot tell whether byte {offset} is held now: {why}")], None);
     }
-    let in_use = |i: &&&Image| !i.held().is_empty() || !i.openers.is_empty() || !i.loop_devices.is_empty();
-    match concerned.iter().find(in_use) {
+    match concerned.iter().find(|i| i.is_in_use()) {
         // That byte is free, and others may stop the same program.
         Some(used) => {
             let text = format!(

@@ -38,6 +38,8 @@ pub struct Mount {
     pub source: String,
     /// Where it is mounted.
     pub point: PathBuf,
+    /// Which directory of the file system that shows.
+    pub root: PathBuf,
     /// Mount options and those of the superblock, as in mountinfo.
     pub options: Vec<String>,
     /// The device that `/proc/locks` prints for its files; on btrfs and overlayfs not what `statx` says.
@@ -136,10 +138,25 @@ impl Mounts {
         self.by_id.contains_key(&id)
     }
 
-    /// A file system on this device, such as `/dev/loop3`.
+    /// A file system on this device, such as `/dev/loop3`, or on one of its partitions.
     #[must_use]
     pub fn from_source(&self, source: &str) -> Option<&Arc<Mount>> {
-        self.by_id.values().find(|m| m.source == source)
+        let is_partition = |rest: &str| {
+            let number = rest.strip_prefix('p').unwrap_or(rest);
+            !number.is_empty()
+                && number.bytes().all(|b| b.is_ascii_digit())
+                && (rest != number || !source.ends_with(|c: char| c.is_ascii_digit()))
+        };
+        self.by_id
+            .values()
+            .find(|m| m.source.strip_prefix(source).is_some_and(|rest| rest.is_empty() || is_partition(rest)))
+    }
+
+    /// A file system on the block device of this number, or of this name where it has a number of its own (btrfs).
+    #[must_use]
+    pub fn on_device(&self, device: Device, path: &Path) -> Option<&Arc<Mount>> {
+        let by_number = self.by_id.values().find(|m| m.lock_device == device);
+        by_number.or_else(|| self.from_source(path.to_str()?))
     }
 
     /// The mount at exactly this directory.
@@ -170,6 +187,7 @@ fn parse_line(line: &str) -> Option<(u64, Arc<Mount>)> {
         source: unescape(&info.mount_source.unwrap_or_default()),
         point: PathBuf::from(unescape(&info.mount_point.to_string_lossy())),
         options,
+        root: PathBuf::from(unescape(&info.root)),
         lock_device: Device::parse(&info.majmin)?,
     };
     Some((u64::try_from(info.mnt_id).ok()?, Arc::new(mount)))

@@ -4,13 +4,11 @@
 //! and the same file in the layer below: whoever locks one of them does not stop whoever opens the other. Pure.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
 use super::finding::{Severity, finding};
 use super::sample::ImageSample;
 use super::snapshot::Image;
-use crate::linux::identity::Device;
-use crate::linux::mounts::Mount;
+use crate::linux::identity::{Device, FileId};
 use crate::text::escape_path;
 
 /// Adds to each image that has an alias among the others what that means. `raw` is in the order of `images`.
@@ -34,14 +32,10 @@ pub(super) fn aliases(images: &mut [Image], raw: &[ImageSample]) {
             }));
         }
     }
-    let by_path: BTreeMap<&Path, usize> = raw.iter().enumerate().map(|(i, r)| (r.resolved.as_path(), i)).collect();
+    let by_file: BTreeMap<FileId, usize> = raw.iter().enumerate().map(|(i, r)| (r.file, i)).collect();
     for (i, merged) in raw.iter().enumerate() {
-        let Some(mount) = merged.mount.as_deref().filter(|m| m.kind == "overlay") else { continue };
-        let in_layers = layers(mount).filter_map(|layer| {
-            let path = layer.join(merged.resolved.strip_prefix(&mount.point).ok()?);
-            by_path.get(path.as_path()).copied()
-        });
-        for layer in in_layers.filter(|l| raw[*l].file != merged.file) {
+        let layer = merged.layer.filter(|layer| *layer != merged.file).and_then(|layer| by_file.get(&layer).copied());
+        if let Some(layer) = layer {
             let text = |other: &ImageSample, what: &str| {
                 format!(
                     "{} is the same file {what}: locks through one are invisible through the other",
@@ -60,24 +54,11 @@ pub(super) fn aliases(images: &mut [Image], raw: &[ImageSample]) {
     }
 }
 
-/// The directories that an overlay is made of, as its mount options name them (a comma or colon in a name is escaped
-/// there, and such a layer is not found).
-fn layers(mount: &Mount) -> impl Iterator<Item = PathBuf> {
-    let of = |option: &'_ str| {
-        let (name, value) = option.split_once('=')?;
-        matches!(name, "lowerdir" | "upperdir" | "lowerdir+" | "datadir+").then(|| value.to_owned())
-    };
-    let values: Vec<String> = mount.options.iter().filter_map(|o| of(o)).collect();
-    values.into_iter().flat_map(|v| v.split(':').map(PathBuf::from).collect::<Vec<_>>())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linux::mounts::Reach;
-    use crate::monitor::examples::{holds, image, mount, process, sample};
+    use crate::monitor::examples::{holds, image, process, sample};
     use crate::monitor::snapshot::Snapshot;
-    use std::sync::Arc;
 
     fn codes(images: Vec<ImageSample>) -> Vec<Vec<(String, Severity)>> {
         let snapshot = Snapshot::of(&sample(images, &[process(42, "qemu-system-x86", Some("a"))]));
@@ -102,16 +83,14 @@ mod tests {
 
     #[test]
     fn an_overlay_and_its_layer_are_told_on_both() {
-        let options = vec!["lowerdir=/lower/1:/lower/2".to_owned(), "upperdir=/upper".to_owned()];
-        let overlay = Mount { options, point: "/merged".into(), ..(*mount("overlay", Reach::Local)).clone() };
-        let at = |path: &str, inode| {
+        let at = |path, inode| {
             let mut one = image(path, "-/-");
-            (one.path, one.resolved, one.file.inode) = (path.into(), path.into(), inode);
+            one.file.inode = inode;
             one
         };
-        let merged = ImageSample { mount: Some(Arc::new(overlay)), ..at("/merged/d/a.raw", 1) };
-        let told = codes(vec![merged, at("/lower/2/d/a.raw", 2), at("/lower/2/a.raw", 3)]);
+        let (layer, other) = (at("layer", 2), at("other", 3));
+        let merged = ImageSample { layer: Some(layer.file), ..at("merged", 1) };
         let alias = vec![("overlay-alias".to_owned(), Severity::Warning)];
-        assert_eq!(told, [alias.clone(), alias, vec![]]);
+        assert_eq!(codes(vec![merged, layer, other]), [alias.clone(), alias, vec![]]);
     }
 }

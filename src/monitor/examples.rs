@@ -73,11 +73,14 @@ pub(crate) fn image(name: &str, locked: &str) -> ImageSample {
         descriptors: Vec::new(),
         table_rows: rows(locked, "OFDLCK", -1),
         loop_devices: Vec::new(),
+        mounted_on: None,
+        layer: None,
     }
 }
 
 pub(crate) fn mount(kind: &str, reach: Reach) -> Arc<Mount> {
     Arc::new(Mount {
+        root: "/".into(),
         kind: kind.to_owned(),
         source: "filer:/vol".to_owned(),
         point: "/images".into(),

@@ -58,10 +58,12 @@ pub fn findings(image: &Image, raw: &ImageSample, sample: &Sample) -> Vec<Findin
     all.extend(unanswered(image, raw));
     all.extend(without_holder(image, raw, sample));
     if !may_be_held_by_openers(image, raw) {
-        all.extend(image.openers.iter().filter(|o| o.mode == OpenMode::Write).map(|o| unlocked_writer(image, o)));
+        let writes = |o: &&Opener| o.mode == OpenMode::Write && !is_lock_manager(image, o);
+        all.extend(image.openers.iter().filter(writes).map(|o| unlocked_writer(image, o)));
     }
     all.extend(shared_writers(image));
     all.extend(loop_device(image, raw));
+    all.extend(mounted(image));
     all.extend(local_locks(image, raw));
     all.extend(foreign_locks(image));
     all.extend(legacy_bytes(image));
@@ -172,8 +174,28 @@ fn without_holder(image: &Image, raw: &ImageSample, sample: &Sample) -> Option<F
     }
 }
 
+/// libvirt's lock manager has each image open for writing, holds its byte 0 or 1, and writes nothing.
+fn is_lock_manager(image: &Image, opener: &Opener) -> bool {
+    let manages =
+        |h: &Holder| h.foreign.is_some_and(|f| f.mode == LockMode::Write && f.end.is_some_and(|end| end <= 1));
+    let mut its = image.holders.iter().filter(|h| h.process.id == opener.process.id).peekable();
+    its.peek().is_some() && its.all(manages)
+}
+
+fn mounted(image: &Image) -> Option<Finding> {
+    image.mounted_on.as_ref().map(|point| {
+        let text = format!("its file system is mounted on {}: what is written there asks no lock", escape_path(point));
+        finding("mounted", if image.held().is_empty() { Severity::Note } else { Severity::Danger }, text)
+    })
+}
+
 fn unlocked_writer(image: &Image, opener: &Opener) -> Finding {
-    let alone = image.holders.is_empty() && image.openers.iter().all(|o| o.process.id == opener.process.id);
+    let same = |p: &ProcessFacts| p.id == opener.process.id;
+    let alone = image.holders.iter().all(|h| same(&h.process))
+        && image.openers.iter().all(|o| same(&o.process))
+        && image.ownerless().is_empty()
+        && image.loop_devices.is_empty()
+        && image.mounted_on.is_none();
     let who = process_name(&opener.process);
     let (severity, consequence) = if alone {
         (Severity::Warning, "nothing would stop a second writer")

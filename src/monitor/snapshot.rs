@@ -193,6 +193,8 @@ pub struct Image {
     pub findings: Vec<Finding>,
     /// The loop devices that stand on it, each with where its file system is mounted.
     pub loop_devices: Vec<String>,
+    /// Where the file system on this block device is mounted.
+    pub mounted_on: Option<PathBuf>,
     /// How many of the watched images stand on it directly.
     pub overlays: usize,
 }
@@ -202,6 +204,16 @@ impl Image {
     #[must_use]
     pub fn held(&self) -> Access {
         self.bytes.iter().filter(|b| b.state == ByteState::Held).map(|b| b.byte).collect()
+    }
+
+    /// Whether anybody at all is known to use it, with a lock or without.
+    #[must_use]
+    pub fn is_in_use(&self) -> bool {
+        !self.held().is_empty()
+            || !self.holders.is_empty()
+            || !self.openers.is_empty()
+            || !self.loop_devices.is_empty()
+            || self.mounted_on.is_some()
     }
 
     /// The bytes that are known to be free.

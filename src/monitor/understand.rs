@@ -46,6 +46,7 @@ pub(super) fn understand(image: &ImageSample, sample: &Sample) -> Image {
         openers,
         findings: Vec::new(),
         loop_devices: image.loop_devices.clone(),
+        mounted_on: image.mounted_on.clone(),
         overlays: sample
             .images
             .iter()

@@ -84,10 +84,6 @@ pub fn worst_first(answers: &mut [WhatIf]) {
 #[must_use]
 pub fn what_if(snapshot: &Snapshot, image: &Image, operation: &'static Operation) -> Option<WhatIf> {
     let recipe = operation.recipe(image.family())?;
-    let in_use = !image.holders.is_empty()
-        || !image.openers.is_empty()
-        || !image.held().is_empty()
-        || !image.loop_devices.is_empty();
     let outcome = if image.format.is_none() {
         Outcome::Unknown(format!("{} cannot be read: its format is unknown", crate::text::escape_path(&image.path)))
     } else if recipe.steps.is_empty() {
@@ -115,13 +111,14 @@ pub fn what_if(snapshot: &Snapshot, image: &Image, operation: &'static Operation
     let writes = widest.permissions.contains(Permission::Write) || widest.permissions.contains(Permission::Resize);
     let beside_writer = image.openers.iter().any(|o| o.mode == OpenMode::Write)
         || !image.loop_devices.is_empty()
+        || image.mounted_on.is_some()
         || image.holders.iter().any(|h| h.access.permissions.contains(Permission::Write));
     let written_below = || {
         let written = |i: &Image| i.openers.iter().any(|o| o.mode == OpenMode::Write) || !i.loop_devices.is_empty();
         chain(snapshot, image).into_iter().flatten().any(|l| written(l.image))
     };
     let harm = match outcome {
-        Outcome::Granted if recipe.destroys_after_step.is_some() && in_use => Harm::Overwrites,
+        Outcome::Granted if recipe.destroys_after_step.is_some() && image.is_in_use() => Harm::Overwrites,
         Outcome::Granted if writes && beside_writer => Harm::WritesBesideWriter,
         Outcome::Granted if !operation.backing.is_empty() && written_below() => Harm::BaseIsWritten,
         _ => Harm::None,

@@ -68,6 +68,8 @@ pub struct Looker {
     headers: HashMap<PathBuf, Arc<KnownHeader>>,
     backings: HashMap<PathBuf, KnownBacking>,
     loop_files: LoopFiles,
+    /// For images on an overlay file system: the file of the layer that each is.
+    layers: HashMap<PathBuf, Option<FileId>>,
     table: Vec<LockRecord>,
     buffer: Vec<u8>,
     troubles: Vec<String>,
@@ -107,6 +109,7 @@ impl Looker {
             headers: HashMap::new(),
             backings: HashMap::new(),
             loop_files: LoopFiles::default(),
+            layers: HashMap::new(),
             table: Vec::new(),
             buffer: Vec::new(),
             troubles: Vec::new(),
@@ -204,6 +207,7 @@ impl Looker {
         self.explain(&wanted);
         if let Scope::Everything = scope {
             self.loop_files.forget();
+            self.find_layers();
             self.forget_backings();
         }
         self.sample()
@@ -274,6 +278,9 @@ impl Looker {
             pids.iter().filter_map(|pid| self.search.facts(*pid).map(|f| (*pid, f.clone()))).collect();
         for image in &mut images {
             image.descriptors.retain(|d| processes.contains_key(&d.pid));
+            let mount = image.device.and_then(|d| self.storage.mounts()?.on_device(d, &image.resolved));
+            image.mounted_on = mount.map(|m| m.point.clone());
+            image.layer = self.layers.get(&image.resolved).copied().flatten();
             image.loop_devices = loops.iter().filter(|(file, _)| *file == image.file).map(|(_, d)| d.clone()).collect();
         }
         deleted.retain(|d| processes.contains_key(&d.descriptor.pid));

@@ -14,6 +14,7 @@ use crate::image::catalog::Entry;
 use crate::image::header::{self, Header};
 use crate::linux::identity::{FileId, FileKind, FileStatus, status};
 use crate::linux::loop_devices;
+use crate::linux::mounts::Mount;
 use crate::text::escape_path;
 
 pub(super) struct KnownBacking {
@@ -40,6 +41,17 @@ fn find(path: PathBuf) -> Backing {
     let file = status(&path).ok().filter(is_image).map(|s| s.id);
     let path = if file.is_some() { path.canonicalize().unwrap_or(path) } else { path };
     Backing { path, file, answered: true }
+}
+
+/// The directories that an overlay is made of, the topmost first, as its mount options name them (a comma or colon in a
+/// name is escaped there, and such a layer is not found).
+fn layers(mount: &Mount) -> impl Iterator<Item = PathBuf> {
+    let of = |wanted: &'static str| {
+        let value = move |option: &String| Some(option.strip_prefix(wanted)?.strip_prefix('=')?.to_owned());
+        mount.options.iter().filter_map(value).collect::<Vec<_>>()
+    };
+    let lower: Vec<PathBuf> = of("lowerdir").iter().flat_map(|v| v.split(':')).map(PathBuf::from).collect();
+    of("upperdir").into_iter().map(PathBuf::from).chain(lower).chain(of("lowerdir+").into_iter().map(PathBuf::from))
 }
 
 impl Looker {
@@ -80,6 +92,28 @@ impl Looker {
     /// Forgets backing files that no image names any more.
     pub(super) fn forget_backings(&mut self) {
         self.backings.retain(|_, known| known.asked_at.elapsed() < BACKING_AGE * 12);
+    }
+
+    /// Finds the file of a layer that each image on an overlay file system is: the topmost one that has its name.
+    pub(super) fn find_layers(&mut self) {
+        let of_overlay = self.images.values().filter_map(|image| {
+            let mount = image.mount.as_deref().filter(|m| m.kind == "overlay")?;
+            let inside = image.resolved.strip_prefix(&mount.point).ok()?;
+            let name = mount.root.strip_prefix("/").unwrap_or(&mount.root).join(inside);
+            let candidates: Vec<PathBuf> = layers(mount).map(|layer| layer.join(&name)).collect();
+            Some((image.resolved.clone(), candidates))
+        });
+        let all: Vec<(PathBuf, Vec<PathBuf>)> = of_overlay.collect();
+        let lane = |candidates: &[PathBuf]| candidates.first().map(|c| self.storage.lane_of(c));
+        let questions: Vec<_> = all.iter().filter_map(|(_, c)| Some((lane(c)?, c.clone()))).collect();
+        let answers = self.storage.answers(questions, |candidates: Vec<PathBuf>| {
+            let found = candidates.iter().find_map(|c| status(c).ok())?;
+            // A whiteout is a character device.
+            (found.kind == FileKind::Regular).then_some(found.id)
+        });
+        self.layers.clear();
+        let asked = all.into_iter().filter(|(_, c)| !c.is_empty());
+        self.layers.extend(asked.zip(answers).map(|((resolved, _), answer)| (resolved, answer.ok().flatten())));
     }
 
     /// The files under loop devices, and each device in words, with where its file system is mounted.
