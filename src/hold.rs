@@ -182,7 +182,7 @@ impl HeldAccess {
         let resolved = path
             .canonicalize()
             .map_err(|e| open_error(OpenError::Errno(Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))))?;
-        let (file, _) = probe::open(&resolved).map_err(open_error)?;
+        let (file, _) = probe::open_if_image(&resolved).map_err(open_error)?;
         Ok(Self { file: file.into(), path: path.to_owned(), access: Access::NONE })
     }
 

@@ -239,3 +239,14 @@ fn every_verdict_and_exit_status_is_in_the_readme() {
         assert!(readme.contains(&format!("| {status} |")), "{status}");
     }
 }
+
+#[test]
+fn every_test_that_the_security_page_names_is_there() {
+    let page = fs::read_to_string(root().join("assets/SECURITY.md")).unwrap();
+    let named: BTreeSet<&str> = page.split('`').filter(|word| word.ends_with(".rs")).collect();
+    assert!(named.len() > 10, "{named:?}");
+    for name in named {
+        let there = root().join(name).is_file() || root().join("src").join(name).is_file();
+        assert!(there, "the security page names {name}");
+    }
+}

@@ -166,7 +166,7 @@ impl Awaited {
 }
 
 fn held(resolved: &Path) -> Result<HeldByOthers, Trouble> {
-    let (file, _) = probe::open(resolved).map_err(|e| match e {
+    let (file, _) = probe::open_if_image(resolved).map_err(|e| match e {
         OpenError::Errno(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) | OpenError::NotAnImage => {
             Trouble::Gone(resolved.to_owned())
         }

@@ -77,7 +77,7 @@ fn follow(image: &Path, files: &mut Vec<FileBelow>) -> Result<(), String> {
 /// The header of a file, and which file that is.
 #[must_use]
 pub fn read(path: &Path) -> Option<(FileStatus, Header)> {
-    let (file, status) = probe::open(&path.canonicalize().ok()?).ok()?;
+    let (file, status) = probe::open_if_image(&path.canonicalize().ok()?).ok()?;
     let file = File::from(file);
     let length = header::length(&file, &status);
     Some((status, header::read(&file, length).ok()?))

@@ -68,6 +68,8 @@ impl Directory {
         };
         if let Err(error) = directory.read(resolved) {
             directory.trouble = Some(format!("{}: {error}", escape_path(shown)));
+        }
+        if directory.trouble.is_some() {
             // Not current next time, so that it is asked again.
             directory.listed_at = SystemTime::UNIX_EPOCH;
         }
@@ -87,8 +89,16 @@ impl Directory {
                 continue;
             }
             let target = resolved.join(&name);
-            // A name that has gone again is no image.
-            let Ok(found) = status(&target) else { continue };
+            let found = match status(&target) {
+                Ok(found) => found,
+                // A name that has gone again is no image.
+                Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => continue,
+                Err(error) => {
+                    let path = escape_path(&target);
+                    self.trouble = Some(format!("{path}: {}", std::io::Error::from(error)));
+                    continue;
+                }
+            };
             match found.kind {
                 FileKind::Regular | FileKind::Block => {
                     let path = self.shown.join(&name);

@@ -9,6 +9,7 @@ pub mod identity;
 pub mod lanes;
 pub mod lock_table;
 pub mod loop_devices;
+pub mod mappings;
 pub mod mount_namespaces;
 pub mod mounts;
 pub mod probe;

@@ -13,7 +13,7 @@ use nix::libc;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use serde::{Deserialize, Serialize};
 
-use super::identity::{FileKind, FileStatus, status_of};
+use super::identity::{FileKind, FileStatus, status, status_of};
 use super::lock_table::LockMode;
 use crate::protocol::{Access, HeldByOthers, LockByte};
 
@@ -94,6 +94,18 @@ pub fn open(path: &Path) -> Result<(OwnedFd, FileStatus), OpenError> {
     let status = status_of(&fd)?;
     match status.kind {
         FileKind::Regular | FileKind::Block => Ok((fd, status)),
+        FileKind::Directory | FileKind::Special => Err(OpenError::NotAnImage),
+    }
+}
+
+/// The same for a name that somebody else chose, such as that of a backing file: what is no image is not even opened,
+/// since to open a device may be all that it takes.
+///
+/// # Errors
+/// As [`OpenError`] says.
+pub fn open_if_image(path: &Path) -> Result<(OwnedFd, FileStatus), OpenError> {
+    match status(path)?.kind {
+        FileKind::Regular | FileKind::Block => open(path),
         FileKind::Directory | FileKind::Special => Err(OpenError::NotAnImage),
     }
 }

@@ -47,7 +47,10 @@ impl<'a> Manager<'a> {
         if let Some(number) = unit.strip_suffix(".scope").filter(is_number) {
             return Self::Proxmox(number);
         }
-        if let Some((_, pod)) = process.container.as_deref().and_then(|c| c.split_once(" pod ")) {
+        // Whoever may name a cgroup may write anything there: only what looks like a pod's uid is one.
+        let is_uid = |pod: &str| pod.len() == 36 && pod.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
+        let pod = process.container.as_deref().and_then(|c| c.split_once(" pod ")).map(|(_, pod)| pod);
+        if let Some(pod) = pod.filter(|pod| is_uid(pod)) {
             return Self::Pod(pod);
         }
         // A service that is named after the program is the program's; one that merely started it, such as cron, is not.
@@ -131,9 +134,9 @@ fn quote_bytes(bytes: &[u8]) -> String {
     for chunk in bytes.utf8_chunks() {
         for c in chunk.valid().chars() {
             match c {
-                '\'' | '\\' => out.extend(['\\', c]),
-                c if is_treacherous(c) => {
-                    // In octal, which has a length of its own: what follows may be a digit.
+                // In octal, which has a length of its own: what follows may be a digit. Quotes and backslashes too: a
+                // shell that does not know this form must not find an end in it.
+                c if is_treacherous(c) || c == '\'' || c == '\\' => {
                     let mut buffer = [0; 4];
                     out.extend(c.encode_utf8(&mut buffer).bytes().map(|b| format!("\\{b:03o}")));
                 }
@@ -170,7 +173,9 @@ mod tests {
         assert_eq!(release(None, Some("qemu-nbd@vdb.service"), None), "systemctl stop qemu-nbd@vdb.service");
         assert!(release_of("dd", None, Some("cron.service"), None).ends_with("&& kill 42"));
         assert!(release(Some("x"), Some("cron.service"), None).contains("system_powerdown"));
-        assert!(release(Some("x"), None, Some("0123 pod 1-2")).contains("virtctl stop"));
+        assert!(
+            release(Some("x"), None, Some("0123 pod 11111111-2222-3333-4444-555555555555")).contains("virtctl stop")
+        );
         assert!(release_of("dd", None, Some("session-4.scope"), None).ends_with("= 1042 ] && kill 42"));
     }
 
@@ -179,7 +184,7 @@ mod tests {
         assert_eq!(quote("web01"), "web01");
         assert_eq!(quote("a b"), "'a b'");
         assert_eq!(quote("it's; rm -rf /"), r"'it'\''s; rm -rf /'");
-        assert_eq!(quote("a\nb\u{202e}'\\9"), r"$'a\012b\342\200\256\'\\9'");
+        assert_eq!(quote("a\nb\u{202e}'\\9"), r"$'a\012b\342\200\256\047\1349'");
         assert_eq!(quote_path(Path::new("-rf")), "./-rf");
         assert_eq!(quote_path(Path::new(std::ffi::OsStr::from_bytes(b"a\xff7"))), r"$'a\3777'");
         assert_eq!(quote(""), "''");

@@ -73,6 +73,7 @@ pub(crate) fn image(name: &str, locked: &str) -> ImageSample {
         descriptors: Vec::new(),
         table_rows: rows(locked, "OFDLCK", -1),
         loop_devices: Vec::new(),
+        mapped_by: Vec::new(),
         mounted_on: None,
         layer: None,
     }

@@ -124,12 +124,25 @@ fn word_of_server(raw: &ImageSample) -> String {
     }
 }
 
+/// Those who have the file in their memory.
+fn mappers(raw: &ImageSample, sample: &Sample) -> String {
+    let names: Vec<String> =
+        raw.mapped_by.iter().filter_map(|pid| sample.processes.get(pid)).map(process_name).collect();
+    names.join(", ")
+}
+
 fn without_holder(image: &Image, raw: &ImageSample, sample: &Sample) -> Option<Finding> {
     match image.verdict {
         Verdict::HeldByKernel if raw.loop_devices.is_empty() => Some(finding(
             "held-by-kernel",
             Severity::Warning,
-            "locked by an open file that no process has: a descriptor in flight in a socket, or a mapping".to_owned(),
+            match mappers(raw, sample) {
+                who if who.is_empty() => {
+                    "locked by an open file that no process has, most likely a descriptor in flight in a unix socket"
+                        .to_owned()
+                }
+                who => format!("locked by an open file that was closed, but {who} has it mapped still"),
+            },
         )),
         Verdict::HeldByKernel => Some(finding(
             "held-by-kernel",

@@ -105,6 +105,8 @@ pub struct ImageSample {
     pub rows_certain: bool,
     /// The loop devices that stand on it.
     pub loop_devices: Vec<String>,
+    /// Who had it mapped when a lock without a descriptor was looked for.
+    pub mapped_by: Vec<i32>,
     /// Where the file system on this block device is mounted.
     pub mounted_on: Option<PathBuf>,
     /// On an overlay file system: the file of the layer that it is.

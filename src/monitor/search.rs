@@ -13,6 +13,7 @@ use crate::linux::crew::Crew;
 use crate::linux::descriptors::{self, NotListed, OpenDescriptor, OpenMode, ProcessEntry};
 use crate::linux::identity::{FileId, FileKind, FileStatus};
 use crate::linux::lanes::PATIENCE;
+use crate::linux::mappings;
 use crate::linux::process::{self, Brief, ProcessFacts, Users};
 use crate::linux::{ReadError, Roots};
 
@@ -221,6 +222,19 @@ impl Search {
         }
         self.add_deleted(nameless);
         Ok(())
+    }
+
+    /// Which of the processes that are known have which of `files` mapped.
+    pub(super) fn mappings(&mut self, files: HashSet<FileId>) -> HashMap<FileId, Vec<i32>> {
+        let (roots, files) = (Arc::clone(&self.roots), Arc::new(files));
+        let questions: Vec<(i32, ())> = self.seen.keys().map(|pid| (*pid, ())).collect();
+        let pids: Vec<i32> = questions.iter().map(|(pid, ())| *pid).collect();
+        let asked = self.crew.ask(questions, move |pid, ()| mappings::of_process(&roots, pid, &files));
+        let mut found: HashMap<FileId, Vec<i32>> = HashMap::new();
+        for (pid, mapped) in pids.into_iter().zip(asked) {
+            mapped.unwrap_or_default().into_iter().for_each(|file| found.entry(file).or_default().push(pid));
+        }
+        found
     }
 
     /// Walks the descriptors of processes: how many each has, and those that lead to a wanted file, or to a deleted one,

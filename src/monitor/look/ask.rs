@@ -184,6 +184,7 @@ impl Looker {
             rows_certain,
             device: (status.kind == FileKind::Block).then_some(status.rdev),
             loop_devices: Vec::new(),
+            mapped_by: Vec::new(),
             mounted_on: None,
             layer: None,
         }

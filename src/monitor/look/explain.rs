@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::super::sample::Answer;
+use super::super::sample::{Answer, ImageSample};
 use super::super::search::Depth;
 use super::Looker;
 use crate::image::catalog::Entry;
@@ -85,10 +85,27 @@ impl Looker {
             self.search.refresh(&self.ids(&open));
         }
         open.retain(|e| !self.is_explained(&e.resolved));
+        self.look_for_mappings(&open);
         for image in open.iter().filter_map(|e| self.images.get(&e.resolved)) {
             let vain = (Instant::now(), image.answer.clone(), image.table_rows.clone());
             self.walks.in_vain.insert(image.file, vain);
         }
+    }
+
+    /// A lock without a descriptor may belong to a file that was closed and is mapped still.
+    fn look_for_mappings(&mut self, ownerless: &[Arc<Entry>]) {
+        let on_superblock = |image: &ImageSample| {
+            let device = image.mount.as_ref().map_or(image.file.device, |m| m.lock_device);
+            image.rows_certain.then_some((FileId { device, ..image.file }, image.file))
+        };
+        let files: HashMap<FileId, FileId> =
+            ownerless.iter().filter_map(|e| on_superblock(self.images.get(&e.resolved)?)).collect();
+        if files.is_empty() {
+            return;
+        }
+        let found = self.search.mappings(files.keys().copied().collect());
+        self.mapped.retain(|file, _| !files.values().any(|f| f == file));
+        self.mapped.extend(found.into_iter().filter_map(|(file, pids)| Some((*files.get(&file)?, pids))));
     }
 
     fn is_open(&mut self, entry: &Entry) -> bool {

@@ -68,6 +68,8 @@ pub struct Looker {
     headers: HashMap<PathBuf, Arc<KnownHeader>>,
     backings: HashMap<PathBuf, KnownBacking>,
     loop_files: LoopFiles,
+    /// Who has a file mapped whose lock no descriptor explains.
+    mapped: HashMap<FileId, Vec<i32>>,
     /// For images on an overlay file system: the file of the layer that each is.
     layers: HashMap<PathBuf, Option<FileId>>,
     table: Vec<LockRecord>,
@@ -110,6 +112,7 @@ impl Looker {
             backings: HashMap::new(),
             loop_files: LoopFiles::default(),
             layers: HashMap::new(),
+            mapped: HashMap::new(),
             table: Vec::new(),
             buffer: Vec::new(),
             troubles: Vec::new(),
@@ -272,6 +275,8 @@ impl Looker {
             let certain = image.table_rows.iter().filter(|_| image.rows_certain);
             let owners = certain.filter_map(|r| i32::try_from(r.pid).ok()).filter(|pid| *pid > 0);
             pids.extend(image.descriptors.iter().map(|d| d.pid).chain(owners));
+            image.mapped_by = self.mapped.get(&image.file).cloned().unwrap_or_default();
+            pids.extend(&image.mapped_by);
         }
         self.search.learn(&pids);
         let processes: BTreeMap<i32, ProcessFacts> =
