@@ -72,6 +72,8 @@ pub struct Catalog {
     linked: BTreeMap<PathBuf, Vec<Arc<Entry>>>,
     files: Vec<Arc<Entry>>,
     troubles: Vec<String>,
+    /// Directories given by the operator that are others than they were.
+    replaced: Vec<PathBuf>,
 }
 
 /// With more paths than this, those in one directory share a thread.
@@ -108,6 +110,7 @@ impl Catalog {
             linked: BTreeMap::new(),
             files: Vec::new(),
             troubles: Vec::new(),
+            replaced: Vec::new(),
         };
         let answers = catalog.ask_given(storage);
         for (path, answer) in given.iter().zip(&answers) {
@@ -164,6 +167,11 @@ impl Catalog {
     #[must_use]
     pub fn covers(&self, path: &Path) -> bool {
         path.parent().is_some_and(|p| self.directories.contains_key(p)) || self.given.iter().any(|g| g == path)
+    }
+
+    /// Directories given by the operator where another one is now, since this was last asked.
+    pub fn take_replaced(&mut self) -> Vec<PathBuf> {
+        std::mem::take(&mut self.replaced)
     }
 
     /// What could not be listed, in words.
@@ -241,6 +249,9 @@ impl Catalog {
                 let directory = match answer {
                     Ok(Seen::Current(directory)) => Some(directory),
                     Ok(Seen::Listed(directory)) => {
+                        if before.as_ref().is_some_and(|b| b.id != directory.id) && self.given.contains(&shown) {
+                            self.replaced.push(shown.clone());
+                        }
                         // A directory that was listed again, because it might have changed, often has not.
                         changed |= before.is_none_or(|before| !before.lists_the_same(&directory));
                         Some(directory)

@@ -53,6 +53,8 @@ struct State {
     announced: HashMap<PathBuf, Announced>,
     watched: HashSet<PathBuf>,
     watched_directories: HashSet<PathBuf>,
+    /// The kernel took a watch away, with what was watched.
+    watch_gone: bool,
     /// Events since this moment.
     rate: Option<(Instant, u32)>,
 }
@@ -110,6 +112,11 @@ impl ImageWatch {
             }
         };
         let watcher = RecommendedWatcher::new(handler, Config::default().with_event_kinds(kinds))?;
+        if let Err(error) = watcher.watched_paths() {
+            // It had no thread to be had, says so to nobody, and would panic when it is dropped.
+            std::mem::forget(watcher);
+            return Err(error);
+        }
         Ok(Self { watcher: Arc::new(Mutex::new(watcher)), state, deaf })
     }
 
@@ -140,6 +147,13 @@ impl ImageWatch {
             let _ = lock(&self.watcher).unwatch(path);
             lock(&self.state).watched_directories.remove(path);
         }
+    }
+
+    /// Whether the kernel has taken a watch away since this was last asked: something else may be at that path by now,
+    /// even with the same inode number.
+    #[must_use]
+    pub fn take_gone(&self) -> bool {
+        std::mem::take(&mut lock(&self.state).watch_gone)
     }
 
     /// Whether `path` is watched.
@@ -225,6 +239,10 @@ impl State {
             EventKind::Create(_) | EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)) => {
                 self.touched.listing = true;
                 for path in event.paths {
+                    if matches!(event.kind, EventKind::Remove(_)) && self.watched.remove(&path) {
+                        self.watched_directories.remove(&path);
+                        self.watch_gone = true;
+                    }
                     self.announced.remove(&path);
                 }
             }

@@ -49,12 +49,15 @@ pub enum NotListed {
     Hidden,
     /// It ended.
     Gone,
+    /// There was no descriptor or memory left to read it with.
+    Exhausted,
 }
 
 impl From<rustix::io::Errno> for NotListed {
     fn from(errno: rustix::io::Errno) -> Self {
         match errno {
             rustix::io::Errno::NOENT | rustix::io::Errno::SRCH => Self::Gone,
+            rustix::io::Errno::MFILE | rustix::io::Errno::NFILE | rustix::io::Errno::NOMEM => Self::Exhausted,
             _ => Self::Hidden,
         }
     }
@@ -116,7 +119,7 @@ pub fn of_process(
         let Some(number) = entry.file_name().to_str().ok().and_then(|n| n.parse().ok()) else { continue };
         match directory.fd().and_then(|d| status_at(d, entry.file_name())) {
             Ok(status) if is_image_kind(&status) && wanted(&status) => {
-                found.extend(describe(roots, pid, number, status.id));
+                found.extend(describe(roots, pid, number, status.id)?);
             }
             Ok(_) => {}
             // The directory of another user's process may be listed while its links may not be followed.
@@ -141,22 +144,29 @@ pub fn deleted_path(roots: &Roots, pid: i32, fd: i32) -> Option<PathBuf> {
 }
 
 /// Looks again at one descriptor: `None` when it is closed or leads to another file now.
-#[must_use]
-pub fn again(roots: &Roots, pid: i32, fd: i32, file: FileId) -> Option<OpenDescriptor> {
+///
+/// # Errors
+/// [`NotListed::Exhausted`] when there is no descriptor or memory left to look with.
+pub fn again(roots: &Roots, pid: i32, fd: i32, file: FileId) -> Result<Option<OpenDescriptor>, NotListed> {
     // The file is checked after the locks are read: a check before would add nothing.
     describe(roots, pid, fd, file)
 }
 
 /// Reads what stands behind a descriptor that leads to `file`; `None` if it leads elsewhere by the time that is read, so
 /// that the locks of one file are never taken for those of another.
-fn describe(roots: &Roots, pid: i32, fd: i32, file: FileId) -> Option<OpenDescriptor> {
+fn describe(roots: &Roots, pid: i32, fd: i32, file: FileId) -> Result<Option<OpenDescriptor>, NotListed> {
     let mut text = Vec::with_capacity(512);
     let path = roots.proc.join(format!("{pid}/fdinfo/{fd}"));
-    std::fs::File::open(path).and_then(|mut f| f.read_to_end(&mut text)).ok()?;
+    if let Err(error) = std::fs::File::open(path).and_then(|mut f| f.read_to_end(&mut text)) {
+        // Anything else means that it is closed by now.
+        let why = rustix::io::Errno::from_io_error(&error).map(NotListed::from);
+        return if why == Some(NotListed::Exhausted) { Err(NotListed::Exhausted) } else { Ok(None) };
+    }
     let info = Fdinfo::parse(&String::from_utf8_lossy(&text));
-    let mode = info.mode()?;
-    let after = super::identity::status(&roots.proc.join(format!("{pid}/fd/{fd}"))).ok()?;
-    (after.id == file).then_some(()).and(Some(OpenDescriptor { pid, fd, file, mode, locks: info.locks.records }))
+    let Some(mode) = info.mode() else { return Ok(None) };
+    let after = super::identity::status(&roots.proc.join(format!("{pid}/fd/{fd}")));
+    let same = after.is_ok_and(|after| after.id == file);
+    Ok(same.then_some(OpenDescriptor { pid, fd, file, mode, locks: info.locks.records }))
 }
 
 /// The lines of a `/proc/PID/fdinfo/FD` that this program uses (proc_pid_fdinfo(5)).
@@ -227,9 +237,9 @@ mod tests {
         modes.sort_by_key(|m| *m == OpenMode::Write);
         assert_eq!(modes, [OpenMode::Read, OpenMode::Write]);
         let known = found.iter().find(|d| d.mode == OpenMode::Read).unwrap();
-        assert_eq!(again(&roots, pid, known.fd, id).as_ref(), Some(known));
+        assert_eq!(again(&roots, pid, known.fd, id).unwrap().as_ref(), Some(known));
         drop(second);
-        assert_eq!(again(&roots, pid, known.fd, FileId::default()), None);
+        assert_eq!(again(&roots, pid, known.fd, FileId::default()), Ok(None));
         assert!(processes(&roots).unwrap().iter().any(|p| p.pid == pid));
     }
 

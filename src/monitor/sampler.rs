@@ -237,6 +237,10 @@ impl Work {
                     )));
                 }
                 let sample = self.looker.look(Scope::Everything);
+                // While the list changes all the time, every look is one of these: what was touched has its turn all the
+                // same, and does not pile up.
+                let due = agenda.due(now);
+                let sample = if due.is_empty() { sample } else { self.looker.look_at_touched(&due) };
                 // Never back to back: a look that takes long leaves as much time to others.
                 agenda.tick = (agenda.tick + self.interval).max(Instant::now() + now.elapsed());
                 Some(sample)

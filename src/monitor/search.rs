@@ -132,7 +132,11 @@ impl Search {
         let roots = Arc::clone(&self.roots);
         let questions = known.iter().map(|d| (d.pid, (d.fd, d.file))).collect();
         let now = self.crew.ask(questions, move |pid, (fd, file)| descriptors::again(&roots, pid, fd, file));
-        now.into_iter().zip(known).map(|(now, before)| now.unwrap_or_else(|| Some(before.clone()))).collect()
+        let as_it_was = |now: Option<Result<_, _>>, before: &OpenDescriptor| match now {
+            Some(Ok(now)) => now,
+            Some(Err(_)) | None => Some(before.clone()),
+        };
+        now.into_iter().zip(known).map(|(now, before)| as_it_was(now, before)).collect()
     }
 
     /// Reads the known descriptors of `files` again: what they hold now, and whether they are open still.
@@ -185,6 +189,7 @@ impl Search {
         let walked: HashSet<i32> = to_walk.iter().map(|e| e.pid).collect();
         let results = self.walk(&to_walk, wanted);
         let mut silent = HashSet::new();
+        let mut exhausted = false;
         let mut found = Vec::new();
         for (entry, result) in to_walk.into_iter().zip(results) {
             let was_hidden = self.seen.get(&entry.pid).map(|s| s.hidden);
@@ -200,6 +205,12 @@ impl Search {
                 // Kernel threads may not be read either, but have nothing open.
                 Some((count, Err(Unlisted::Hidden { is_kernel_thread }))) => {
                     (count, was_hidden.unwrap_or(!is_kernel_thread))
+                }
+                // We have no descriptor left to read it with: it is walked again.
+                Some((_, Err(Unlisted::Exhausted))) => {
+                    exhausted = true;
+                    silent.insert(entry.pid);
+                    (u64::MAX, true)
                 }
                 // It does not answer: what is known of it stays, and what it has besides is not known.
                 None => {
@@ -221,6 +232,11 @@ impl Search {
             }
         }
         self.add_deleted(nameless);
+        if exhausted {
+            let path = self.roots.proc.clone();
+            let source = std::io::Error::from(rustix::io::Errno::MFILE);
+            return Err(ReadError { path, source });
+        }
         Ok(())
     }
 
@@ -248,6 +264,7 @@ impl Search {
             let count = descriptors::count(&roots, pid).unwrap_or_default();
             let listed = descriptors::of_process(&roots, pid, &is_wanted).map_err(|e| match e {
                 NotListed::Gone => Unlisted::Gone,
+                NotListed::Exhausted => Unlisted::Exhausted,
                 NotListed::Hidden => Unlisted::Hidden {
                     is_kernel_thread: process::brief(&roots, pid).is_some_and(|b| b.is_kernel_thread),
                 },
@@ -275,6 +292,7 @@ type Walked = (u64, Result<Vec<OpenDescriptor>, Unlisted>);
 #[derive(Debug)]
 enum Unlisted {
     Gone,
+    Exhausted,
     Hidden { is_kernel_thread: bool },
 }
 

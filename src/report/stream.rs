@@ -50,7 +50,14 @@ impl<W: Write> Stream<W> {
         if let (None, Some(snapshot)) = (&self.last, &update.snapshot) {
             match self.format {
                 Format::Text(layout) => table::write(&mut self.out, snapshot, layout)?,
-                Format::Ndjson { ascii } => json::write_first(&mut self.out, ascii, snapshot)?,
+                Format::Ndjson { ascii } => {
+                    json::write_first(&mut self.out, ascii, snapshot)?;
+                    // A table ends with what could not be read; the object has no place for it.
+                    for trouble in &snapshot.troubles {
+                        let text = crate::text::escape(trouble).into_owned();
+                        self.line(&Change::about(ChangeKind::Gap, snapshot.taken_at, None, text))?;
+                    }
+                }
             }
         }
         let at = update.snapshot.as_ref().map_or_else(Timestamp::now, |s| s.taken_at);

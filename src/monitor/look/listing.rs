@@ -48,6 +48,7 @@ impl Looker {
                 Ok(())
             }
         });
+        let before = std::mem::take(&mut self.failed);
         let failed: Vec<(PathBuf, Option<notify::Error>)> = asked
             .into_iter()
             .zip(results)
@@ -57,7 +58,17 @@ impl Looker {
                 Err(_) => Some((path, None)),
             })
             .collect();
-        if let Some((path, error)) = failed.first() {
+        let is_directory = |path: &PathBuf| points.get(path).copied().unwrap_or_default();
+        self.failed = failed.iter().map(|(path, _)| (path.clone(), is_directory(path))).collect();
+        let gone = |e: &Option<notify::Error>| {
+            e.as_ref().is_some_and(|e| match &e.kind {
+                notify::ErrorKind::PathNotFound => true,
+                notify::ErrorKind::Io(e) => e.kind() == std::io::ErrorKind::NotFound,
+                _ => false,
+            })
+        };
+        let failed: Vec<_> = failed.into_iter().filter(|(_, e)| !gone(e)).collect();
+        if let Some((path, error)) = failed.first().filter(|_| self.failed != before) {
             let path = crate::text::escape_path(path);
             let number = crate::text::counted(failed.len(), "path", "paths");
             let limit = error.as_ref().is_some_and(|e| matches!(e.kind, notify::ErrorKind::MaxFilesWatch));
@@ -69,6 +80,20 @@ impl Looker {
             ));
         }
         self.watched_ids = ids;
+    }
+
+    /// Watches what the kernel has let go of, and tries again what could not be watched: one path first, since thousands
+    /// may have failed at one limit.
+    pub(super) fn watch_again(&mut self) {
+        let Some(watch) = self.watch.clone().filter(|_| self.resting_until.is_none()) else { return };
+        let gone = watch.take_gone();
+        let first = self.failed.first().cloned().map(|question| (Lane::Watch, question));
+        let answer = self
+            .storage
+            .answers(first, move |(path, is_directory): (PathBuf, bool)| watch.add(&path, is_directory).is_ok());
+        if gone || matches!(answer.first(), Some(Ok(true))) {
+            self.take_listing();
+        }
     }
 
     /// Leaves inotify aside for a while: what changes then shows by [`hint`](Self::hint) and by the timer.

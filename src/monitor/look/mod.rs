@@ -59,6 +59,8 @@ pub struct Looker {
     watch: Option<ImageWatch>,
     watched_ids: BTreeMap<PathBuf, FileId>,
     unwatched: Vec<String>,
+    /// What could not be watched, and whether it is a directory.
+    failed: Vec<(PathBuf, bool)>,
     resting_until: Option<Instant>,
     storage: Storage,
     search: Search,
@@ -103,6 +105,7 @@ impl Looker {
             watch,
             watched_ids: BTreeMap::new(),
             unwatched: Vec::new(),
+            failed: Vec::new(),
             resting_until: None,
             storage,
             host,
@@ -192,6 +195,12 @@ impl Looker {
             if self.catalog.refresh(&mut self.storage) {
                 self.take_listing();
             }
+            self.watch_again();
+            let replaced = self.catalog.take_replaced().into_iter().map(|path| {
+                let path = crate::text::escape_path(&path).into_owned();
+                format!("{path}: another directory is there now: what happened in between may have been missed")
+            });
+            self.unwatched.extend(replaced);
         }
         let mut targets: Vec<Arc<Entry>> = match scope {
             Scope::Everything => self.entries.clone(),
