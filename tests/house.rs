@@ -153,6 +153,17 @@ fn only_hold_sets_a_lock_and_nothing_is_unsafe() {
 }
 
 #[test]
+fn nothing_lies_among_the_sources_but_sources() {
+    fn all(directory: &Path) -> Vec<PathBuf> {
+        let entries = fs::read_dir(directory).unwrap().map(|e| e.unwrap().path());
+        entries.flat_map(|p| if p.is_dir() { all(&p) } else { vec![p] }).collect()
+    }
+    for path in all(&root().join("src")) {
+        assert!(path.extension().is_some_and(|e| e == "rs"), "{}", path.display());
+    }
+}
+
+#[test]
 fn every_file_opens_with_the_question_that_it_answers() {
     for path in sources(&root().join("src")) {
         let text = fs::read_to_string(&path).unwrap();

@@ -316,3 +316,78 @@ fn a_process_that_is_stuck_in_exec_holds_up_nobody_who_asks_what_it_has_open() {
     let refused = output(qlock_top().arg("hold").arg(&scene.near).args(["--as", "vm"]));
     assert_eq!(refused.status.code(), Some(1));
 }
+
+#[test]
+fn what_a_name_leads_to_holds_up_neither_its_disk_nor_other_names() {
+    if !fuse::possible() || !have(&["qemu-img", "qemu-io"]) {
+        return;
+    }
+    let mut scene = Scene::new(Duration::ZERO);
+    let link = |name: &str, to: &Path| std::os::unix::fs::symlink(to, scene.images.path(name)).unwrap();
+    // A link to a file, and a backing name that goes through a link to the directory.
+    link("a-link.raw", &scene.far());
+    link("nfs", scene.fuse.dir());
+    let elsewhere = Images::new();
+    let linked = elsewhere.raw("linked.raw");
+    link("z-link.raw", &linked);
+    let top = scene.images.path("top.qcow2");
+    let create = ["create", "-q", "-f", "qcow2", "-u", "-F", "raw", "-b", "nfs/far.raw"];
+    support::run(Command::new("qemu-img").args(create).arg(&top).arg("1M"));
+    scene.fuse.stop();
+    let (snapshot, code) = list(scene.images.dir());
+    assert_eq!(code, 3);
+    for healthy in [&scene.near, &top, &scene.images.path("z-link.raw")] {
+        assert_eq!(image(&snapshot, healthy)["verdict"], "free", "{}", healthy.display());
+    }
+    // More names than there are threads.
+    let many: Vec<PathBuf> = (0..20).map(|i| scene.images.raw(&format!("many-{i}.raw"))).collect();
+    let out = output(qlock_top().args(["list", "--format", "json"]).arg(scene.images.path("a-link.raw")).args(&many));
+    let snapshot: Value = serde_json::from_slice(&out.stdout).unwrap();
+    many.iter().for_each(|path| assert_eq!(image(&snapshot, path)["verdict"], "free"));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("a-link.raw: the storage does not answer"));
+    // And it stays live.
+    let mut running = watch(&[scene.images.dir()], "200ms");
+    let lines = lines(&mut running);
+    event(&lines, "the first snapshot", |e| e["kind"] == "snapshot");
+    let holder = holding(&mut qemu_io(&["-f", "raw"], &scene.near), &scene.near, "cw/-");
+    event(&lines, "a lock beside it", |e| e["kind"] == "acquired" && e["pid"] == holder.pid());
+}
+
+#[test]
+fn slow_storage_is_not_taken_for_dead() {
+    if !have(&["strace"]) {
+        return;
+    }
+    let images = Images::new();
+    for i in 0..100 {
+        images.raw(&format!("{i}.raw"));
+    }
+    // 20 ms for each question: listing them takes longer than patience lasts.
+    let mut slow = Command::new("strace");
+    slow.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=statx", "-e", "inject=statx:delay_enter=20000"]);
+    let out = output(slow.args([PROGRAM, "list", "--format", "json"]).arg(images.dir()));
+    let snapshot: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(snapshot["images"].as_array().unwrap().len(), 100, "{}", String::from_utf8_lossy(&out.stderr));
+}
+
+#[test]
+fn a_signal_ends_a_hold_whose_storage_has_gone() {
+    if !fuse::possible() {
+        return;
+    }
+    let mut scene = Scene::new(Duration::ZERO);
+    let mut command = qlock_top();
+    command.arg("hold").arg(scene.far()).args(["--as", "io", "--timeout", "1h"]).stdout(Stdio::piped());
+    let mut running = Running::spawn(&mut command);
+    let lines = lines(&mut running);
+    assert!(lines.recv_timeout(DEADLINE).unwrap().starts_with("holding "));
+    scene.fuse.stop();
+    kill(Pid::from_raw(running.pid()), Signal::SIGTERM).unwrap();
+    // It has said its last word; the kernel lets its open file go only when the server is heard of again.
+    let status = format!("/proc/{}/status", running.pid());
+    let zombie = || std::fs::read_to_string(&status).map_or(true, |s| s.contains("State:\tZ")).then_some(());
+    wait_for("the end of its main thread", zombie);
+    scene.fuse.go_on();
+    let status = wait_for("its end", || running.0.try_wait().unwrap());
+    assert_eq!(status.code(), Some(143));
+}

@@ -380,3 +380,12 @@ fn a_program_that_would_destroy_what_somebody_uses_waits_for_its_end() {
     let ended = output(qlock_top().arg("wait").arg(&path).args(["--as", "create", "--timeout", "1h"]));
     assert_eq!(ended.status.code(), Some(0));
 }
+
+#[test]
+fn no_time_at_all_is_enough_for_a_free_image() {
+    let (_images, path) = one_image();
+    for timeout in ["0s", "1ms"] {
+        let ended = output(qlock_top().arg("wait").arg(&path).args(["--as", "vm", "--timeout", timeout]));
+        assert_eq!(ended.status.code(), Some(0), "{timeout}");
+    }
+}

@@ -147,7 +147,8 @@ fn attempt(wanted: &Arc<Vec<Wanted>>, deadline: Instant, signals: &mut Signals) 
         match answered.try_recv() {
             Ok(Ok(held)) => return Ok(Attempt::Taken(held)),
             Ok(Err(error)) => return Ok(Attempt::Refused(error)),
-            Err(mpsc::TryRecvError::Empty | mpsc::TryRecvError::Disconnected) => {}
+            Err(mpsc::TryRecvError::Empty) => {}
+            Err(mpsc::TryRecvError::Disconnected) => return Err(Failure::error("the attempt ended without an answer")),
         }
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -287,9 +288,21 @@ fn keep(args: &HoldArgs, held: Vec<HeldAccess>, signals: &mut Signals) -> Result
     };
     std::thread::Builder::new().name("say".to_owned()).spawn(say)?;
     let exit = end_of_hold(signals, &over)?;
-    drop((leases, kept));
+    let_go((leases, kept));
     let _ = said.recv_timeout(LAST_WORDS);
     Ok(exit)
+}
+
+/// Lets go, and waits a little for it: where the storage hangs, the end of this program does it.
+fn let_go(held: impl Send + 'static) {
+    let (letting, gone) = mpsc::channel::<()>();
+    let work = move || {
+        drop(held);
+        drop(letting);
+    };
+    if std::thread::Builder::new().name("let-go".to_owned()).spawn(work).is_ok() {
+        let _ = gone.recv_timeout(PATIENCE);
+    }
 }
 
 /// Waits for a signal, or until every lease is over.
@@ -361,7 +374,7 @@ fn run(args: &HoldArgs, held: Vec<HeldAccess>, signals: &mut Signals) -> Result<
         }
     } else {
         // Let go for everybody who shares them.
-        drop(held);
+        let_go(held);
     }
     drop(inherited);
     Ok(if told_to_end { Exit::TimedOut } else { exit_of(status) })

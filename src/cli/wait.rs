@@ -21,6 +21,8 @@ use crate::monitor::what_if::{Harm, Outcome, WhatIf, chain, what_if};
 use crate::protocol::{Access, HeldByOthers, Judgement, Operation, Recipe, judge};
 use crate::report::why;
 
+/// However short the time is: storage that works answers.
+const SHORTEST_PATIENCE: Duration = Duration::from_millis(200);
 /// Between two looks at everybody who uses an image.
 const HARM_STEP: Duration = Duration::from_millis(500);
 
@@ -45,7 +47,8 @@ pub(super) fn wait(
             (inquiry, _) => awaited.push(Arc::new(Awaited::of(&inquiry, operation)?)),
         }
     }
-    let mut storage = Storage::with_patience(&roots(common), timeout.map_or(PATIENCE, |t| t.min(PATIENCE)));
+    let mut storage =
+        Storage::with_patience(&roots(common), timeout.map_or(PATIENCE, |t| t.clamp(SHORTEST_PATIENCE, PATIENCE)));
     loop {
         let mut all_pass = true;
         for (image, answer) in awaited.iter().zip(ask_all(&awaited, &mut storage)) {

@@ -10,9 +10,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::directory::{Directory, Seen, look, same_files};
+use super::directory::{Directory, Seen, follow, look, same_files};
 use crate::linux::identity::{FileId, FileKind, FileStatus, status};
-use crate::linux::storage::{Lane, Storage};
+use crate::linux::storage::Storage;
 use crate::text::escape_path;
 
 /// A file that is watched.
@@ -75,9 +75,6 @@ pub struct Catalog {
     /// Directories given by the operator that are others than they were.
     replaced: Vec<PathBuf>,
 }
-
-/// With more paths than this, those in one directory share a thread.
-const THREADS_FOR_PATHS: usize = 16;
 
 fn find(path: &Path) -> Result<Found, NotFound> {
     let found = status(path).map_err(NotFound::Errno)?;
@@ -190,10 +187,8 @@ impl Catalog {
     }
 
     fn ask_given(&self, storage: &mut Storage) -> Vec<Result<Result<Found, NotFound>, ()>> {
-        let few = self.given.len() <= THREADS_FOR_PATHS;
-        let lane = |path: &Path| Lane::Given(if few { path } else { path.parent().unwrap_or(path) }.to_owned());
-        let questions = self.given.iter().map(|path| (lane(path), path.clone()));
-        storage.answers(questions, |path: PathBuf| find(&path)).into_iter().map(|a| a.map_err(drop)).collect()
+        let questions = self.given.iter().map(|path| (path.clone(), ())).collect();
+        storage.ask_names(questions, |path, ()| find(&path)).into_iter().map(|a| a.ok_or(())).collect()
     }
 
     fn take(&mut self, answers: Vec<Result<Result<Found, NotFound>, ()>>, storage: &mut Storage) -> bool {
@@ -282,31 +277,30 @@ impl Catalog {
     }
 
     fn follow_links(&mut self, storage: &mut Storage) -> bool {
-        let mut before = std::mem::take(&mut self.linked);
-        let with_links: Vec<(PathBuf, Arc<Directory>)> = self
+        let before = std::mem::take(&mut self.linked);
+        let links: Vec<(PathBuf, Arc<Directory>, PathBuf)> = self
             .directories
             .iter()
-            .filter(|(_, d)| !d.links.is_empty())
-            .map(|(path, d)| (path.clone(), Arc::clone(d)))
+            .flat_map(|(path, d)| d.links.iter().map(move |link| (path.clone(), Arc::clone(d), link.clone())))
             .collect();
-        let questions: Vec<_> =
-            with_links.iter().map(|(path, d)| (storage.lane_of_links(path), (path.clone(), Arc::clone(d)))).collect();
-        let answers = storage.answers(questions, |(path, directory)| directory.follow_links(&path));
-        let mut changed = false;
-        for ((path, directory), answer) in with_links.into_iter().zip(answers) {
-            let known = before.remove(&path);
-            let linked = answer.unwrap_or_else(|_| {
-                let trouble = format!(
-                    "{}: where its links lead does not answer: what is listed of them may be out of date",
-                    escape_path(&directory.shown)
-                );
-                self.troubles.push(trouble);
-                known.clone().unwrap_or_default()
-            });
-            changed |= known.is_none_or(|known| !same_files(&known, &linked));
-            self.linked.insert(path, linked);
+        let questions = links.iter().map(|(path, d, link)| (path.join(link), d.shown.join(link))).collect();
+        let answers = storage.ask_names(questions, |link: PathBuf, shown: PathBuf| follow(&link, shown));
+        for ((path, directory, link), answer) in links.into_iter().zip(answers) {
+            let linked = self.linked.entry(path.clone()).or_default();
+            match answer {
+                Some(entry) => linked.extend(entry),
+                None => {
+                    let shown = directory.shown.join(&link);
+                    let known = before.get(&path).and_then(|l| l.iter().find(|e| e.path == shown));
+                    linked.extend(known.cloned());
+                    self.troubles.push(no_answer(&shown));
+                }
+            }
         }
-        changed | !before.is_empty()
+        let same = |(a, b): (&Vec<Arc<Entry>>, &Vec<Arc<Entry>>)| same_files(a, b);
+        before.len() != self.linked.len()
+            || !before.keys().eq(self.linked.keys())
+            || !before.values().zip(self.linked.values()).all(same)
     }
 }
 

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use super::header::{self, Header};
 use crate::linux::identity::FileStatus;
+use crate::linux::lanes::still_going;
 use crate::linux::probe;
 use crate::protocol::Family;
 use crate::text::{escape, escape_path};
@@ -51,6 +52,7 @@ fn follow(image: &Path, files: &mut Vec<FileBelow>) -> Result<(), String> {
     let (status, mut header) = read(&top).ok_or_else(|| unreadable(&top))?;
     seen.insert(status.id);
     loop {
+        still_going();
         if header.data_elsewhere {
             return Err(format!("{} keeps its data in another file, which is not followed", escape_path(&top)));
         }

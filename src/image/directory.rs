@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use super::catalog::Entry;
 use crate::linux::identity::{FileId, FileKind, FileStatus, status};
+use crate::linux::lanes::still_going;
 use crate::text::escape_path;
 
 /// A change within this time before a listing may have come after it, unnoticed: file systems keep times in steps of
@@ -82,6 +83,7 @@ impl Directory {
 
     fn read(&mut self, resolved: &Path) -> std::io::Result<()> {
         for entry in std::fs::read_dir(resolved)? {
+            still_going();
             let entry = entry?;
             let name = PathBuf::from(entry.file_name());
             if entry.file_type().is_ok_and(|t| t.is_symlink()) {
@@ -118,23 +120,20 @@ impl Directory {
             && same_files(&self.images, &other.images)
     }
 
-    /// The images that links lead to. Linked directories are not followed: they may lead round in a circle, or out.
-    pub(super) fn follow_links(&self, resolved: &Path) -> Vec<Arc<Entry>> {
-        let follow = |name: &PathBuf| {
-            let target = resolved.join(name).canonicalize().ok()?;
-            let found = status(&target).ok()?;
-            let is_image = matches!(found.kind, FileKind::Regular | FileKind::Block);
-            is_image.then(|| Arc::new(Entry { path: self.shown.join(name), resolved: target, status: found }))
-        };
-        self.links.iter().filter_map(follow).collect()
-    }
-
     fn is_current(&self, now: &FileStatus) -> bool {
         let changed_at = u64::try_from(now.modified.0)
             .map_or(SystemTime::UNIX_EPOCH, |s| SystemTime::UNIX_EPOCH + Duration::new(s, now.modified.1));
         let settled = self.listed_at.duration_since(changed_at).is_ok_and(|age| age > CLOCK_STEP);
         self.id == now.id && self.modified == now.modified && settled
     }
+}
+
+/// The image that a link leads to. Linked directories are not followed: they may lead round in a circle, or out.
+pub(super) fn follow(link: &Path, shown: PathBuf) -> Option<Arc<Entry>> {
+    let resolved = link.canonicalize().ok()?;
+    let found = status(&resolved).ok()?;
+    let is_image = matches!(found.kind, FileKind::Regular | FileKind::Block);
+    is_image.then(|| Arc::new(Entry { path: shown, resolved, status: found }))
 }
 
 /// Whether two lists show the same files under the same names.

@@ -1,33 +1,36 @@
-//! What if the kernel does not answer about a process?
+//! What if one of many questions is never answered, and nobody can say which before?
 //!
 //! A process that is stuck in exec(2), closing a file on a dead mount, keeps everybody waiting who asks what it has open
 //! (`exec_update_lock`), and one with a stuck mapping whoever reads its command line. So a few threads ask, and a process
 //! that does not answer is left out, with its thread, until it does.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::num::NonZeroUsize;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::lanes::{Answers, Lanes};
 
-/// The threads that ask about processes.
+/// The threads that ask, about processes or names.
 #[derive(Debug)]
-pub struct Crew {
+pub struct Crew<K> {
     lanes: Lanes<u64>,
     threads: usize,
     /// The lanes that are asked in; one that is stuck is replaced.
     free: Vec<u64>,
     next: u64,
-    /// The processes that do not answer, and the lane that waits for each.
-    silent: HashMap<i32, u64>,
+    /// What does not answer, and the lane that waits for each.
+    silent: HashMap<K, u64>,
 }
 
-/// Once one process has not answered, others that do not are given up sooner.
+/// Once one has not answered, others that do not are given up sooner.
 const IMPATIENCE: Duration = Duration::from_millis(250);
+/// However many do not answer, nobody waits longer than about this.
+const LONGEST: Duration = Duration::from_secs(3);
 /// Below this many questions a second thread would be woken for nothing.
 const WORTH_THREADS: usize = 64;
 
-impl Crew {
+impl<K: Clone + Eq + Hash + Send + 'static> Crew<K> {
     /// As many threads as there are cores, once there is work for them.
     #[must_use]
     pub fn new(patience: Duration) -> Self {
@@ -36,17 +39,24 @@ impl Crew {
         Self { lanes: Lanes::new(patience), threads, next: threads as u64, free, silent: HashMap::new() }
     }
 
-    /// How many processes do not answer now.
+    /// How many do not answer now.
     #[must_use]
     pub fn silent(&self) -> usize {
         self.silent.len()
     }
 
-    /// Asks each of `questions` about the process that it names; `None` where there was no answer.
+    /// Whether something that did not answer has done so meanwhile.
+    #[must_use]
+    pub fn has_recovered(&mut self) -> bool {
+        let lanes = &mut self.lanes;
+        self.silent.values().any(|lane| lanes.stuck_since(lane).is_none())
+    }
+
+    /// Asks each of `questions` about what it names; `None` where there was no answer.
     pub fn ask<Q, A>(
         &mut self,
-        questions: Vec<(i32, Q)>,
-        ask: impl Fn(i32, Q) -> A + Clone + Send + 'static,
+        questions: Vec<(K, Q)>,
+        ask: impl Fn(K, Q) -> A + Clone + Send + 'static,
     ) -> Vec<Option<A>>
     where
         Q: Clone + Send + 'static,
@@ -60,7 +70,12 @@ impl Crew {
         let mut open: Vec<usize> =
             (0..questions.len()).filter(|i| !self.silent.contains_key(&questions[*i].0)).collect();
         let mut patience = None;
+        let started = Instant::now();
         while !open.is_empty() {
+            if patience.is_some() && started.elapsed() > LONGEST {
+                // So many do not answer that the others are left for the next time.
+                break;
+            }
             let threads = if open.len() < WORTH_THREADS { 1 } else { self.threads };
             let share = open.len().div_ceil(threads);
             let chunks: Vec<(u64, Vec<usize>)> = open.chunks(share).map(|c| (self.free_lane(), c.to_vec())).collect();
@@ -69,7 +84,7 @@ impl Crew {
                 .map(|(lane, places)| {
                     let of_lane = places.iter().map(|i| questions[*i].clone()).collect();
                     let ask = ask.clone();
-                    (lane, self.lanes.ask(&lane, of_lane, move |(pid, question)| ask(pid, question)), places)
+                    (lane, self.lanes.ask(&lane, of_lane, move |(key, question)| ask(key, question)), places)
                 })
                 .collect();
             open.clear();
@@ -86,9 +101,9 @@ impl Crew {
                 }
                 patience = Some(IMPATIENCE);
                 if let Some(culprit) = places.get(answered) {
-                    self.silent.insert(questions[*culprit].0, lane);
-                    let pid = questions[*culprit].0;
-                    open.extend(places[answered + 1..].iter().filter(|i| questions[**i].0 != pid));
+                    let key = questions[*culprit].0.clone();
+                    open.extend(places[answered + 1..].iter().filter(|i| questions[**i].0 != key));
+                    self.silent.insert(key, lane);
                 }
             }
         }

@@ -115,6 +115,7 @@ pub fn of_process(
     let mut directory = Dir::new(fd)?;
     let mut denied = false;
     while let Some(entry) = directory.next() {
+        super::lanes::still_going();
         let entry = entry?;
         let Some(number) = entry.file_name().to_str().ok().and_then(|n| n.parse().ok()) else { continue };
         match directory.fd().and_then(|d| status_at(d, entry.file_name())) {

@@ -131,6 +131,14 @@ pub fn status(path: &Path) -> rustix::io::Result<FileStatus> {
     rustix::fs::statx(CWD, path, AtFlags::STATX_DONT_SYNC, mask()).map(Into::into)
 }
 
+/// The same for a name that somebody else chose: an automount is not set off by it.
+///
+/// # Errors
+/// The errno of statx(2).
+pub fn status_of_name(path: &Path) -> rustix::io::Result<FileStatus> {
+    rustix::fs::statx(CWD, path, AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT, mask()).map(Into::into)
+}
+
 /// The file that `name` in the open directory `directory` leads to, links followed.
 ///
 /// # Errors

@@ -5,6 +5,7 @@
 //! answers keep coming and no longer. Only one request at a time is in flight in a lane: while one is stuck nothing more
 //! is asked there, and when it comes back the lane is as it was.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::mpsc::{self, Sender};
@@ -38,6 +39,17 @@ struct Stuck {
 
 trait Request: Send + Sync + std::fmt::Debug {
     fn has_come_back(&self) -> bool;
+    fn beat(&self);
+}
+
+thread_local! {
+    /// What this thread is asking.
+    static ASKING: RefCell<Option<Arc<dyn Request>>> = const { RefCell::new(None) };
+}
+
+/// Says that a question with many parts comes on: slow storage is not dead. Does nothing on a thread that asks nothing.
+pub fn still_going() {
+    ASKING.with_borrow(|asking| asking.iter().for_each(|request| request.beat()));
 }
 
 /// What was asked in one lane.
@@ -87,16 +99,21 @@ impl<A> Shared<A> {
         Arc::new(Self { state: Mutex::new(state), finished: Condvar::new() })
     }
 
-    fn run<Q>(&self, questions: Vec<Q>, ask: impl Fn(Q) -> A) {
+    fn run<Q>(self: &Arc<Self>, questions: Vec<Q>, ask: impl Fn(Q) -> A)
+    where
+        A: Send + std::fmt::Debug + 'static,
+    {
         /// Also when a question panics.
         struct Finish<'a, A>(&'a Shared<A>);
         impl<A> Drop for Finish<'_, A> {
             fn drop(&mut self) {
+                ASKING.set(None);
                 lock(&self.0.state).finished = true;
                 self.0.finished.notify_all();
             }
         }
         let _finish = Finish(self);
+        ASKING.set(Some(Arc::clone(self) as Arc<dyn Request>));
         lock(&self.state).progress = Instant::now();
         for question in questions {
             if lock(&self.state).given_up {
@@ -113,6 +130,10 @@ impl<A> Shared<A> {
 impl<A: Send + std::fmt::Debug> Request for Shared<A> {
     fn has_come_back(&self) -> bool {
         lock(&self.state).finished
+    }
+
+    fn beat(&self) {
+        lock(&self.state).progress = Instant::now();
     }
 }
 
@@ -281,6 +302,19 @@ mod tests {
         assert_eq!(*lock(&asked), [1, 2], "what nobody waits for is not asked any more");
         let batch = lanes.ask(&'a', vec![9], |n| n);
         assert_eq!(lanes.wait(&batch).answers, [9]);
+    }
+
+    #[test]
+    fn a_question_that_comes_on_slowly_is_waited_for() {
+        let mut lanes = Lanes::new(Duration::from_millis(400));
+        let batch = lanes.ask(&1, vec![10], |parts| {
+            for _ in 0..parts {
+                std::thread::sleep(Duration::from_millis(60));
+                still_going();
+            }
+            parts
+        });
+        assert_eq!(lanes.wait(&batch).answers, [10]);
     }
 
     #[test]

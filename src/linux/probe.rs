@@ -13,7 +13,7 @@ use nix::libc;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use serde::{Deserialize, Serialize};
 
-use super::identity::{FileKind, FileStatus, status, status_of};
+use super::identity::{FileKind, FileStatus, status_of, status_of_name};
 use super::lock_table::LockMode;
 use crate::protocol::{Access, HeldByOthers, LockByte};
 
@@ -104,7 +104,7 @@ pub fn open(path: &Path) -> Result<(OwnedFd, FileStatus), OpenError> {
 /// # Errors
 /// As [`OpenError`] says.
 pub fn open_if_image(path: &Path) -> Result<(OwnedFd, FileStatus), OpenError> {
-    match status(path)?.kind {
+    match status_of_name(path)?.kind {
         FileKind::Regular | FileKind::Block => open(path),
         FileKind::Directory | FileKind::Special => Err(OpenError::NotAnImage),
     }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::crew::Crew;
 use super::lanes::{Answers, Batch, Lanes, PATIENCE};
 use super::mounts::{Mount, Mounts};
 use super::{ReadError, Roots};
@@ -16,10 +17,8 @@ use super::{ReadError, Roots};
 pub enum Lane {
     /// About files on this mount, by paths without links.
     Mount(u64),
-    /// About a path as the operator gave it: a link in it may lead to any mount.
+    /// About this path alone.
     Given(PathBuf),
-    /// Where the links in directories of this mount lead.
-    Links(u64),
     /// Having inotify watch a path.
     Watch,
 }
@@ -28,6 +27,8 @@ pub enum Lane {
 #[derive(Debug)]
 pub struct Storage {
     lanes: Lanes<Lane>,
+    /// For names that may lead anywhere.
+    names: Crew<PathBuf>,
     mounts: Option<Mounts>,
 }
 
@@ -49,7 +50,7 @@ impl Storage {
     /// The same, with another time after which a lane counts as stuck.
     #[must_use]
     pub fn with_patience(roots: &Roots, patience: Duration) -> Self {
-        Self { lanes: Lanes::new(patience), mounts: Mounts::read(roots).ok() }
+        Self { lanes: Lanes::new(patience), names: Crew::new(patience), mounts: Mounts::read(roots).ok() }
     }
 
     /// Reads the mounts again if something was mounted or unmounted since.
@@ -84,10 +85,18 @@ impl Storage {
         Lane::Mount(self.mount_of(path))
     }
 
-    /// The lane for the links in a directory.
-    #[must_use]
-    pub fn lane_of_links(&self, directory: &Path) -> Lane {
-        Lane::Links(self.mount_of(directory))
+    /// Asks about names that may lead anywhere: as the operator gave them, as a header has them, links. `None` for those
+    /// that do not answer; they hold up no other.
+    pub fn ask_names<Q, A>(
+        &mut self,
+        questions: Vec<(PathBuf, Q)>,
+        ask: impl Fn(PathBuf, Q) -> A + Clone + Send + 'static,
+    ) -> Vec<Option<A>>
+    where
+        Q: Clone + Send + 'static,
+        A: Send + std::fmt::Debug + 'static,
+    {
+        self.names.ask(questions, ask)
     }
 
     /// Puts each question to its lane, and returns at once.
@@ -148,16 +157,17 @@ impl Storage {
         self.lanes.stuck_since(lane).is_some()
     }
 
-    /// The lanes that were stuck and are no more, since this was last asked.
-    pub fn recovered(&mut self) -> Vec<Lane> {
-        self.lanes.recovered()
+    /// Whether something that was stuck is no more, since this was last asked.
+    pub fn has_recovered(&mut self) -> bool {
+        let names = self.names.has_recovered();
+        !self.lanes.recovered().is_empty() || names
     }
 
     /// Ends the threads for mounts that are no more.
     pub fn forget_unmounted(&mut self) {
         let Some(mounts) = &self.mounts else { return };
         self.lanes.retain(|lane| match lane {
-            Lane::Mount(id) | Lane::Links(id) => *id == 0 || mounts.has(*id),
+            Lane::Mount(id) => *id == 0 || mounts.has(*id),
             Lane::Given(_) | Lane::Watch => true,
         });
     }

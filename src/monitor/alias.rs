@@ -13,7 +13,7 @@ use crate::text::escape_path;
 
 /// Adds to each image that has an alias among the others what that means. `raw` is in the order of `images`.
 pub(super) fn aliases(images: &mut [Image], raw: &[ImageSample]) {
-    let mut found: Vec<(usize, &'static str, String)> = Vec::new();
+    let mut found: Vec<(usize, usize, &'static str, String)> = Vec::new();
     let mut nodes: BTreeMap<Device, Vec<usize>> = BTreeMap::new();
     for (i, image) in raw.iter().enumerate() {
         if let Some(device) = image.device {
@@ -28,27 +28,31 @@ pub(super) fn aliases(images: &mut [Image], raw: &[ImageSample]) {
                     "{} is another node of the same block device: locks through one are invisible through the other",
                     escape_path(&raw[*o].path)
                 );
-                (*i, "device-alias", text)
+                (*i, *o, "device-alias", text)
             }));
         }
     }
-    let by_file: BTreeMap<FileId, usize> = raw.iter().enumerate().map(|(i, r)| (r.file, i)).collect();
+    let mut by_file: BTreeMap<FileId, Vec<usize>> = BTreeMap::new();
+    for (i, image) in raw.iter().enumerate() {
+        by_file.entry(image.file).or_default().push(i);
+    }
     for (i, merged) in raw.iter().enumerate() {
-        let layer = merged.layer.filter(|layer| *layer != merged.file).and_then(|layer| by_file.get(&layer).copied());
-        if let Some(layer) = layer {
+        let layer = merged.layer.filter(|layer| *layer != merged.file);
+        for layer in layer.and_then(|l| by_file.get(&l)).into_iter().flatten().copied() {
             let text = |other: &ImageSample, what: &str| {
                 format!(
                     "{} is the same file {what}: locks through one are invisible through the other",
                     escape_path(&other.path)
                 )
             };
-            found.push((i, "overlay-alias", text(&raw[layer], "in a layer of this overlay")));
-            found.push((layer, "overlay-alias", text(merged, "in an overlay on this directory")));
+            found.push((i, layer, "overlay-alias", text(&raw[layer], "in a layer of this overlay")));
+            found.push((layer, i, "overlay-alias", text(merged, "in an overlay on this directory")));
         }
     }
-    for (i, code, text) in found {
-        let in_use = |i: &Image| !i.held().is_empty() || !i.openers.is_empty();
-        let severity = if in_use(&images[i]) { Severity::Danger } else { Severity::Warning };
+    for (i, other, code, text) in found {
+        // Whichever of the two is in use, it is the other that nothing guards.
+        let in_use = images[i].is_in_use() || images[other].is_in_use();
+        let severity = if in_use { Severity::Danger } else { Severity::Warning };
         let at = images[i].findings.partition_point(|f| f.severity >= severity);
         images[i].findings.insert(at, finding(code, severity, text));
     }
@@ -76,7 +80,7 @@ mod tests {
         let alias = |severity| vec![("device-alias".to_owned(), severity)];
         let mut held = ImageSample { descriptors: vec![holds(42, "cw/w")], ..node("a", 1, 3) };
         held.answer = image("a", "cw/w").answer;
-        assert_eq!(codes(vec![held, node("b", 2, 3)]), [alias(Severity::Danger), alias(Severity::Warning)]);
+        assert_eq!(codes(vec![held, node("b", 2, 3)]), [alias(Severity::Danger), alias(Severity::Danger)]);
         // Hard links of one node, or nodes of two devices, are none.
         assert_eq!(codes(vec![node("a", 1, 3), node("b", 1, 3), node("c", 2, 4)]), [vec![], vec![], vec![]]);
     }

@@ -13,7 +13,7 @@ use crate::linux::descriptors::OpenMode;
 use crate::linux::lock_table::{LockKind, LockMode};
 use crate::linux::mounts::Reach;
 use crate::linux::process::ProcessFacts;
-use crate::protocol::{Access, Permission, PermissionSet};
+use crate::protocol::{Access, LockByte, Permission, PermissionSet};
 use crate::text::{counted, escape, escape_path};
 
 /// How much it matters.
@@ -105,7 +105,8 @@ fn filesystem(image: &Image) -> String {
 /// Whether the image lies on a FUSE mount whose server keeps the locks: then a descriptor does not show what it holds.
 fn may_be_held_by_openers(image: &Image, raw: &ImageSample) -> bool {
     let fuse = raw.mount.as_ref().is_some_and(|m| m.reach == Reach::Fuse);
-    fuse && !image.ownerless().is_empty() && !image.openers.is_empty()
+    let unlisted = |b: LockByte| !raw.table_rows.iter().any(|r| r.counts() && r.covers(b.offset()));
+    fuse && image.ownerless().bytes().any(unlisted) && !image.openers.is_empty()
 }
 
 /// The owners that the server of a mount names. It may name any number, also that of an innocent process here.
@@ -141,13 +142,19 @@ fn without_holder(image: &Image, raw: &ImageSample, sample: &Sample) -> Option<F
                     "locked by an open file that no process has, most likely a descriptor in flight in a unix socket"
                         .to_owned()
                 }
-                who => format!("locked by an open file that was closed, but {who} has it mapped still"),
+                who => format!(
+                    "locked by an open file that no process has: {who} has it mapped still and may be the one, or a \
+                     descriptor is in flight in a unix socket"
+                ),
             },
         )),
         Verdict::HeldByKernel => Some(finding(
             "held-by-kernel",
             Severity::Warning,
-            format!("locked through loop device {}: see losetup -l", raw.loop_devices.join("; ")),
+            format!(
+                "locked by an open file that no process has: most likely loop device {}: see losetup -l",
+                raw.loop_devices.join("; ")
+            ),
         )),
         Verdict::HeldElsewhere => Some(finding(
             "held-elsewhere",
@@ -189,8 +196,10 @@ fn without_holder(image: &Image, raw: &ImageSample, sample: &Sample) -> Option<F
 
 /// libvirt's lock manager has each image open for writing, holds its byte 0 or 1, and writes nothing.
 fn is_lock_manager(image: &Image, opener: &Opener) -> bool {
-    let manages =
-        |h: &Holder| h.foreign.is_some_and(|f| f.mode == LockMode::Write && f.end.is_some_and(|end| end <= 1));
+    let manages = |h: &Holder| {
+        h.lock == LockKind::Posix
+            && h.foreign.is_some_and(|f| f.mode == LockMode::Write && f.end.is_some_and(|end| end <= 1))
+    };
     let mut its = image.holders.iter().filter(|h| h.process.id == opener.process.id).peekable();
     its.peek().is_some() && its.all(manages)
 }

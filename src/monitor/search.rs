@@ -32,7 +32,7 @@ pub(super) enum Depth {
 pub(super) struct Search {
     roots: Arc<Roots>,
     users: Arc<Users>,
-    crew: Crew,
+    crew: Crew<i32>,
     seen: HashMap<i32, Seen>,
     known: HashMap<FileId, Vec<OpenDescriptor>>,
     facts: HashMap<i32, ProcessFacts>,
@@ -192,7 +192,6 @@ impl Search {
         let mut exhausted = false;
         let mut found = Vec::new();
         for (entry, result) in to_walk.into_iter().zip(results) {
-            let was_hidden = self.seen.get(&entry.pid).map(|s| s.hidden);
             let (descriptors, hidden) = match result {
                 Some((count, Ok(of_process))) => {
                     found.extend(of_process);
@@ -203,9 +202,7 @@ impl Search {
                     continue;
                 }
                 // Kernel threads may not be read either, but have nothing open.
-                Some((count, Err(Unlisted::Hidden { is_kernel_thread }))) => {
-                    (count, was_hidden.unwrap_or(!is_kernel_thread))
-                }
+                Some((count, Err(Unlisted::Hidden { is_kernel_thread }))) => (count, !is_kernel_thread),
                 // We have no descriptor left to read it with: it is walked again.
                 Some((_, Err(Unlisted::Exhausted))) => {
                     exhausted = true;

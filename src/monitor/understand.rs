@@ -6,10 +6,10 @@
 use super::finding::findings;
 use super::sample::{Answer, ImageSample, Sample};
 use super::snapshot::{ByteState, ByteView, Filesystem, ForeignRange, Holder, Image, Opener, Verdict};
-use crate::linux::descriptors::OpenDescriptor;
+use crate::linux::descriptors::{OpenDescriptor, OpenMode};
 use crate::linux::lock_table::{LockKind, LockMode, LockRecord};
 use crate::linux::mounts::Reach;
-use crate::protocol::{Access, LockByte};
+use crate::protocol::{Access, LockByte, Permission};
 
 /// Makes sense of what was seen of one image.
 pub(super) fn understand(image: &ImageSample, sample: &Sample) -> Image {
@@ -135,10 +135,19 @@ fn openers(image: &ImageSample, sample: &Sample) -> Vec<Opener> {
         let on_a_byte = |r: &LockRecord| r.counts() && LockByte::ALL.iter().any(|b| r.covers(b.offset()));
         image.descriptors.iter().any(|d| d.pid == pid && d.locks.iter().any(on_a_byte))
     };
+    // Whoever says that it writes may write through any of its descriptors; whoever only reads, by its locks, may not.
+    let writes = LockByte::permission(Permission::Write);
+    let says_that_it_writes = |pid: i32| {
+        let on_it = |r: &LockRecord| r.counts() && r.covers(writes.offset());
+        image.descriptors.iter().any(|d| d.pid == pid && d.locks.iter().any(on_it))
+    };
+    let unlocked_writer = |d: &OpenDescriptor| {
+        d.mode == OpenMode::Write && !d.locks.iter().any(LockRecord::counts) && !says_that_it_writes(d.pid)
+    };
     let mut openers: Vec<Opener> = image
         .descriptors
         .iter()
-        .filter(|d| !holds(d.pid))
+        .filter(|d| !holds(d.pid) || unlocked_writer(d))
         .filter_map(|d| Some(Opener { process: sample.processes.get(&d.pid)?.clone(), fd: d.fd, mode: d.mode }))
         .collect();
     openers.sort_by_key(|o| (o.process.id.pid, o.fd));
@@ -204,7 +213,6 @@ fn verdict(image: &ImageSample, sample: &Sample, bytes: &[ByteView]) -> Verdict 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linux::descriptors::OpenMode;
     use crate::linux::lock_table::parse_line;
     use crate::linux::probe::LockFound;
     use crate::monitor::examples::{access, descriptor, holds, image, mount, process, rows, sample};
@@ -351,6 +359,15 @@ mod tests {
             (seen.holders[0].process.id.pid, seen.holders[0].fd, seen.holders[0].lock),
             (42, None, LockKind::Posix)
         );
+    }
+
+    #[test]
+    fn a_reader_by_its_locks_that_may_write_is_told_and_a_writer_only_once() {
+        let second = |access| {
+            let descriptors = vec![holds(42, access), descriptor(42, 15, OpenMode::Write, Vec::new())];
+            verdict_of(ImageSample { descriptors, ..image("a", access) }, same).1.openers.len()
+        };
+        assert_eq!((second("c/-"), second("cw/w")), (1, 0));
     }
 
     #[test]

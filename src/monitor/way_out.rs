@@ -99,8 +99,17 @@ fn after_refusal(snapshot: &Snapshot, image: &Image, operation: &Operation, refu
                 "{on} is held from another host: run qlock-top on each host that mounts {}",
                 escape(&holder.filesystem.source)
             ),
+            Verdict::HeldByKernel if !holder.loop_devices.is_empty() => format!(
+                "no process holds it through a descriptor: if it is loop device {}, detach that when nothing uses it",
+                holder.loop_devices.join("; ")
+            ),
             Verdict::HeldByKernel => {
-                "no process holds it: detach its loop device, or end what has it mapped".to_owned()
+                "no process holds it through a descriptor: look what stands on it before anything is ended".to_owned()
+            }
+            Verdict::Unknown if !holder.openers.is_empty() => {
+                let mut who: Vec<String> = holder.openers.iter().map(|o| process_name(&o.process)).collect();
+                who.dedup();
+                format!("the holder cannot be told; here {} has it open, and may be the one", who.join(", "))
             }
             _ => "the holder cannot be seen: run qlock-top as root on the host itself".to_owned(),
         });
@@ -230,6 +239,6 @@ mod tests {
     fn a_holder_that_cannot_be_named_is_looked_for_where_it_may_be() {
         let nobody = image("a.qcow2", "cwr/wr");
         let ways = ways("vm", nobody, |_| ());
-        assert!(ways[0].contains("loop device") && ways[1].contains("losetup -j"), "{ways:?}");
+        assert!(ways[0].contains("look what stands on it") && ways[1].contains("losetup -j"), "{ways:?}");
     }
 }

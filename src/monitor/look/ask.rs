@@ -122,9 +122,15 @@ impl Looker {
     fn stalled(&self, entry: &Entry, stuck_for: Duration) -> ImageSample {
         let since = Timestamp::now() - stuck_for;
         match self.images.get(&entry.resolved) {
-            // The first time that was told stays the time.
-            Some(image) if matches!(image.answer, Answer::Stalled(_)) => image.clone(),
-            Some(image) => ImageSample { answer: Answer::Stalled(since), ..image.clone() },
+            // The first time that was told stays the time. What is listed of it goes on.
+            Some(image) => {
+                let since = match image.answer {
+                    Answer::Stalled(since) => since,
+                    _ => since,
+                };
+                let table_rows = self.rows_of(image.file, image.mount.as_deref()).0.to_vec();
+                ImageSample { answer: Answer::Stalled(since), table_rows, ..image.clone() }
+            }
             None => self.describe(entry, entry.status, None, Answer::Stalled(since)),
         }
     }

@@ -30,9 +30,14 @@ impl Looker {
         let gone: HashSet<&PathBuf> = watched.iter().filter(|p| stale(p)).collect();
         let kept: HashSet<&PathBuf> = watched.iter().filter(|p| !stale(p)).collect();
         let remove = gone.into_iter().cloned().map(Change::Remove);
+        // To add a path whose storage does not answer would hold up all the others.
+        let mut answers = |path: &PathBuf| {
+            let lane = self.storage.lane_of(path);
+            !self.storage.is_stuck(&lane)
+        };
         let add = points
             .iter()
-            .filter(|(path, _)| !kept.contains(path))
+            .filter(|(path, _)| !kept.contains(path) && answers(path))
             .map(|(path, is_directory)| Change::Add { path: path.clone(), is_directory: *is_directory });
         let changes: Vec<(Lane, Change)> = remove.chain(add).map(|change| (Lane::Watch, change)).collect();
         let asked: Vec<PathBuf> = changes

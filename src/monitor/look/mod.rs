@@ -171,7 +171,7 @@ impl Looker {
     /// Asks what costs next to nothing: whether the list of images changed, and which images have other rows in
     /// `/proc/locks` than when they were last looked at. Nothing is believed because of it; it says where to look.
     pub fn hint(&mut self) -> Hint {
-        let recovered = !self.storage.recovered().is_empty();
+        let recovered = self.storage.has_recovered();
         let listing = self.catalog.refresh(&mut self.storage);
         let rested = self.resting_until.take_if(|until| Instant::now() >= *until).is_some();
         if let Some(watch) = self.watch.as_ref().filter(|_| rested) {

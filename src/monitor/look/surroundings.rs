@@ -12,7 +12,7 @@ use super::super::sample::Backing;
 use super::Looker;
 use crate::image::catalog::Entry;
 use crate::image::header::{self, Header};
-use crate::linux::identity::{FileId, FileKind, FileStatus, status};
+use crate::linux::identity::{FileId, FileKind, FileStatus, status, status_of_name};
 use crate::linux::loop_devices;
 use crate::linux::mounts::Mount;
 use crate::text::escape_path;
@@ -38,7 +38,7 @@ impl LoopFiles {
 
 fn find(path: PathBuf) -> Backing {
     let is_image = |s: &FileStatus| matches!(s.kind, FileKind::Regular | FileKind::Block);
-    let file = status(&path).ok().filter(is_image).map(|s| s.id);
+    let file = status_of_name(&path).ok().filter(is_image).map(|s| s.id);
     let path = if file.is_some() { path.canonicalize().unwrap_or(path) } else { path };
     Backing { path, file, answered: true }
 }
@@ -69,10 +69,11 @@ impl Looker {
         let mut due: Vec<PathBuf> = named.filter(|p| !fresh(p)).collect();
         due.sort_unstable();
         due.dedup();
-        let questions: Vec<_> = due.iter().map(|path| (self.storage.lane_of(path), path.clone())).collect();
-        let answers = self.storage.answers(questions, find);
+        // A header may name anything: it is no reason to hold up the storage that it lies on.
+        let questions = due.iter().map(|path| (path.clone(), ())).collect();
+        let answers = self.storage.ask_names(questions, |path, ()| find(path));
         for (path, answer) in due.into_iter().zip(answers) {
-            let backing = answer.unwrap_or_else(|_| {
+            let backing = answer.unwrap_or_else(|| {
                 let known = self.backings.remove(&path).map(|k| k.backing);
                 Backing {
                     answered: false,
@@ -104,16 +105,16 @@ impl Looker {
             Some((image.resolved.clone(), candidates))
         });
         let all: Vec<(PathBuf, Vec<PathBuf>)> = of_overlay.collect();
-        let lane = |candidates: &[PathBuf]| candidates.first().map(|c| self.storage.lane_of(c));
-        let questions: Vec<_> = all.iter().filter_map(|(_, c)| Some((lane(c)?, c.clone()))).collect();
-        let answers = self.storage.answers(questions, |candidates: Vec<PathBuf>| {
+        let questions: Vec<(PathBuf, Vec<PathBuf>)> =
+            all.iter().filter_map(|(_, c)| Some((c.first()?.clone(), c.clone()))).collect();
+        let answers = self.storage.ask_names(questions, |_, candidates| {
             let found = candidates.iter().find_map(|c| status(c).ok())?;
             // A whiteout is a character device.
             (found.kind == FileKind::Regular).then_some(found.id)
         });
         self.layers.clear();
         let asked = all.into_iter().filter(|(_, c)| !c.is_empty());
-        self.layers.extend(asked.zip(answers).map(|((resolved, _), answer)| (resolved, answer.ok().flatten())));
+        self.layers.extend(asked.zip(answers).map(|((resolved, _), answer)| (resolved, answer.flatten())));
     }
 
     /// The files under loop devices, and each device in words, with where its file system is mounted.
@@ -121,11 +122,11 @@ impl Looker {
         let devices = loop_devices::read(&self.roots);
         let unknown = |d: &&loop_devices::LoopDevice| !self.loop_files.0.contains_key(&d.key());
         let due: Vec<_> = devices.iter().filter(unknown).map(loop_devices::LoopDevice::key).collect();
-        let questions: Vec<_> = due.iter().map(|(_, path)| (self.storage.lane_of(path), path.clone())).collect();
-        let answers = self.storage.answers(questions, |path: PathBuf| status(&path).ok().map(|s| s.id));
+        let questions = due.iter().map(|(_, path)| (path.clone(), ())).collect();
+        let answers = self.storage.ask_names(questions, |path: PathBuf, ()| status(&path).ok().map(|s| s.id));
         for (key, answer) in due.into_iter().zip(answers) {
             // What did not answer is asked again at the next look.
-            if let Ok(file) = answer {
+            if let Some(file) = answer {
                 self.loop_files.0.insert(key, file);
             }
         }
