@@ -199,6 +199,29 @@ fn a_mapping_and_a_descriptor_in_flight_are_told_apart() {
     assert!(told(&in_flight).contains("socket") && !told(&in_flight).contains("mapping"), "{}", told(&in_flight));
 }
 
+#[test]
+fn who_only_has_it_mapped_or_a_loop_device_on_it_is_never_said_to_hold_the_lock() {
+    if !am_root() || !have(&["python3", "losetup"]) {
+        return;
+    }
+    let images = Images::new();
+    let (mapped, under_loop) = (images.raw("mapped.raw"), images.raw("under-loop.raw"));
+    let opened = "import ctypes, os, sys\nfd = os.open(sys.argv[1], os.O_RDONLY)";
+    let (innocent, _) = ready(&mut python(&format!("{opened}{MAPPED}"), &[&mapped]));
+    let device = LoopDevice::on(&under_loop);
+    let _lockers = [&mapped, &under_loop].map(|path| ready(&mut locker(IN_FLIGHT, path)));
+    let (snapshot, _) = list(images.dir());
+    let text = |path| finding(image(&snapshot, path), "held-by-kernel").to_owned();
+    let told = text(&mapped);
+    assert!(told.contains(&format!("python3 {}", innocent.pid())) && told.contains("may be the one"), "{told}");
+    assert!(told.contains("or a descriptor is in flight"), "{told}");
+    let told = text(&under_loop);
+    assert!(told.contains(&format!("most likely loop device {}", device.name())), "{told}");
+    for path in [&mapped, &under_loop] {
+        assert_eq!(image(&snapshot, path)["holders"], serde_json::json!([]));
+    }
+}
+
 /// `list` as the first process of a new pid namespace, as in a container: it sees nobody but itself.
 fn list_alone(path: &Path) -> (Value, i32) {
     let mut command = Command::new("unshare");

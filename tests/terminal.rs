@@ -466,3 +466,19 @@ fn the_terminal_is_never_asked_anything() {
         assert!(!contains(&raw, query.as_bytes()), "{query:?}");
     }
 }
+
+#[test]
+fn a_directory_that_goes_away_is_told_and_shown_again_when_it_is_back() {
+    let images = Images::new();
+    let (there, away) = (images.path("there"), images.path("away"));
+    std::fs::create_dir(&there).unwrap();
+    std::fs::File::create(there.join("a.raw")).unwrap();
+    let pty = Pty::start(PROGRAM, &[there.to_str().unwrap()], &[], 120, 30);
+    pty.wait_for("a.raw");
+    std::fs::rename(&there, &away).unwrap();
+    pty.wait_for("there: No such file or directory");
+    pty.wait_for("0 images");
+    std::fs::rename(&away, &there).unwrap();
+    pty.wait_for("1 image ");
+    pty.wait_for("a.raw");
+}
