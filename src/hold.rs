@@ -42,7 +42,7 @@ use nix::libc;
 
 pub use lease::{Ending, Lease};
 
-use crate::linux::identity::{FileId, FileKind, status_of};
+use crate::linux::identity::{FileId, status_of};
 use crate::linux::lock_table::LockMode;
 use crate::linux::probe::{self, Asker, LockFound, OpenError};
 use crate::protocol::{Access, LockByte, Sentence};
@@ -154,7 +154,7 @@ impl HeldAccess {
             Ok(status) => status,
             Err(e) => return Err(AcquireError::Open { path, source: e.into() }),
         };
-        if !matches!(status.kind, FileKind::Regular | FileKind::Block) {
+        if !status.kind.can_be_image() {
             return Err(AcquireError::Open { path, source: OpenError::NotAnImage });
         }
         let mut held = Self { file, path, access: Access::NONE };

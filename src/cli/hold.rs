@@ -154,14 +154,8 @@ fn attempt(wanted: &Arc<Vec<Wanted>>, deadline: Instant, signals: &mut Signals) 
         if left.is_zero() {
             return Ok(Attempt::NoAnswer);
         }
-        let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(over.as_fd(), PollFlags::empty())];
-        match poll(&mut fds, timeout_of(left)) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(e) => return Err(Failure::error(e)),
-        }
-        match signals.receive() {
-            Some(received) if received.signal != Signal::SIGCHLD => return Ok(Attempt::Ended(received.signal)),
-            _ => {}
+        if let (Some(signal), _) = signal_or_end(signals, &over, timeout_of(left))? {
+            return Ok(Attempt::Ended(signal));
         }
     }
 }
@@ -254,6 +248,22 @@ fn timeout_of(limit: Duration) -> PollTimeout {
     PollTimeout::try_from(limit + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX)
 }
 
+/// Waits once: for a signal that ends this program, and for the other end of `over` to be closed; which of them has come.
+fn signal_or_end(
+    signals: &mut Signals,
+    over: &io::PipeReader,
+    timeout: PollTimeout,
+) -> Result<(Option<Signal>, bool), Failure> {
+    let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(over.as_fd(), PollFlags::empty())];
+    match poll(&mut fds, timeout) {
+        Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+        Err(e) => return Err(Failure::error(e)),
+    }
+    let closed = fds[1].revents().is_some_and(|r| r.contains(PollFlags::POLLHUP));
+    let ending = signals.receive().map(|r| r.signal).filter(|s| *s != Signal::SIGCHLD);
+    Ok((ending, closed))
+}
+
 fn next_signal(signals: &mut Signals, limit: Option<Duration>) -> Result<Option<Received>, Failure> {
     let timeout = limit.map_or(PollTimeout::NONE, timeout_of);
     match poll(&mut [PollFd::new(signals.as_fd(), PollFlags::POLLIN)], timeout) {
@@ -308,16 +318,10 @@ fn let_go(held: impl Send + 'static) {
 /// Waits for a signal, or until every lease is over.
 fn end_of_hold(signals: &mut Signals, over: &io::PipeReader) -> Result<Exit, Failure> {
     loop {
-        let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(over.as_fd(), PollFlags::empty())];
-        match poll(&mut fds, PollTimeout::NONE) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(e) => return Err(Failure::error(e)),
-        }
-        let time_is_up = fds[1].revents().is_some_and(|r| r.contains(PollFlags::POLLHUP));
-        match signals.receive() {
-            Some(received) if received.signal != Signal::SIGCHLD => return Ok(Exit::Signal(received.signal as i32)),
-            _ if time_is_up => return Ok(Exit::Fine),
-            _ => {}
+        match signal_or_end(signals, over, PollTimeout::NONE)? {
+            (Some(signal), _) => return Ok(Exit::Signal(signal as i32)),
+            (None, true) => return Ok(Exit::Fine),
+            (None, false) => {}
         }
     }
 }

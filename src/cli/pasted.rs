@@ -12,7 +12,7 @@ use super::inquiry::Inquiry;
 use super::patience::patiently;
 use super::{Common, ListFormat, layout, roots};
 use crate::linux::Roots;
-use crate::linux::identity::{FileId, FileKind, status};
+use crate::linux::identity::{FileId, status};
 use crate::linux::mount_namespaces;
 use crate::linux::process;
 use crate::monitor::advice::quote_path;
@@ -256,15 +256,11 @@ fn find(images: &[String], roots: &Roots) -> (Vec<Meant>, String) {
     for named in images {
         let named = &plain(named);
         let path = Path::new(named);
-        let status = status(path).ok();
-        if status.is_some_and(|s| matches!(s.kind, FileKind::Directory | FileKind::Special))
-            || path.starts_with("/proc")
-            || path.starts_with("/sys")
-        {
+        let here = status(path).ok();
+        if here.is_some_and(|s| !s.kind.can_be_image()) || path.starts_with("/proc") || path.starts_with("/sys") {
             note = format!("{} is no image here: it is a directory or a device", escape(named));
             continue;
         }
-        let here = status;
         if let Some(found) = here {
             let how = path.is_relative().then(|| " (the name in the message, from this directory)".to_owned());
             meant.push(Meant { path: path.to_owned(), file: found.id, how });

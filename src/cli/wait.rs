@@ -17,7 +17,7 @@ use crate::hold::PATIENCE_STEP;
 use crate::linux::lanes::PATIENCE;
 use crate::linux::probe::{self, Asker, OpenError};
 use crate::linux::storage::{Lane, Storage};
-use crate::monitor::what_if::{Harm, Outcome, WhatIf, chain, what_if};
+use crate::monitor::what_if::{Harm, Outcome, WhatIf, chain, first_refusal, what_if};
 use crate::protocol::{Access, HeldByOthers, Judgement, Operation, Recipe, judge};
 use crate::report::why;
 
@@ -158,9 +158,7 @@ impl Awaited {
             return Ok(false);
         }
         for (path, access) in &self.below {
-            let others = held(path)?;
-            let write_locked = access.bytes().any(|b| others.write_locked.contains(b));
-            if write_locked || access.first_conflict(others.locked).is_some() {
+            if first_refusal(*access, held(path)?).is_some() {
                 return Ok(false);
             }
         }

@@ -132,8 +132,7 @@ impl Directory {
 pub(super) fn follow(link: &Path, shown: PathBuf) -> Option<Arc<Entry>> {
     let resolved = link.canonicalize().ok()?;
     let found = status(&resolved).ok()?;
-    let is_image = matches!(found.kind, FileKind::Regular | FileKind::Block);
-    is_image.then(|| Arc::new(Entry { path: shown, resolved, status: found }))
+    found.kind.can_be_image().then(|| Arc::new(Entry { path: shown, resolved, status: found }))
 }
 
 /// Whether two lists show the same files under the same names.

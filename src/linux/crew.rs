@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use super::lanes::{Answers, Lanes};
 
 /// The threads that ask, about processes or names.
-#[derive(Debug)]
 pub struct Crew<K> {
     lanes: Lanes<u64>,
     threads: usize,
@@ -60,7 +59,7 @@ impl<K: Clone + Eq + Hash + Send + 'static> Crew<K> {
     ) -> Vec<Option<A>>
     where
         Q: Clone + Send + 'static,
-        A: Send + std::fmt::Debug + 'static,
+        A: Send + 'static,
     {
         let lanes = &mut self.lanes;
         let back: Vec<u64> =

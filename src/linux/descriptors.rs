@@ -12,7 +12,7 @@ use nix::libc;
 use rustix::fs::{CWD, Dir, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
-use super::identity::{FileId, FileKind, FileStatus, status_at};
+use super::identity::{FileId, FileStatus, status_at};
 use super::lock_table::{LockLines, LockRecord};
 use super::{ReadError, Roots};
 
@@ -119,7 +119,7 @@ pub fn of_process(
         let entry = entry?;
         let Some(number) = entry.file_name().to_str().ok().and_then(|n| n.parse().ok()) else { continue };
         match directory.fd().and_then(|d| status_at(d, entry.file_name())) {
-            Ok(status) if is_image_kind(&status) && wanted(&status) => {
+            Ok(status) if status.kind.can_be_image() && wanted(&status) => {
                 found.extend(describe(roots, pid, number, status.id)?);
             }
             Ok(_) => {}
@@ -129,10 +129,6 @@ pub fn of_process(
         }
     }
     if denied && found.is_empty() { Err(NotListed::Hidden) } else { Ok(found) }
-}
-
-fn is_image_kind(status: &FileStatus) -> bool {
-    matches!(status.kind, FileKind::Regular | FileKind::Block)
 }
 
 /// The path that a deleted file had when it was opened, as the kernel tells it: for show only. `None` for a file that

@@ -80,6 +80,14 @@ pub enum FileKind {
     Special,
 }
 
+impl FileKind {
+    /// Whether it can be an image: only such is ever opened.
+    #[must_use]
+    pub const fn can_be_image(self) -> bool {
+        matches!(self, Self::Regular | Self::Block)
+    }
+}
+
 /// What `statx` says of a file, as far as this program asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileStatus {

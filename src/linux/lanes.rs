@@ -18,26 +18,23 @@ pub const PATIENCE: Duration = Duration::from_secs(1);
 type Job = Box<dyn FnOnce() + Send>;
 
 /// The threads that ask, by what they ask about.
-#[derive(Debug)]
 pub struct Lanes<K> {
     lanes: HashMap<K, Worker>,
     patience: Duration,
 }
 
-#[derive(Debug)]
 struct Worker {
     jobs: Sender<Job>,
     /// The request that did not come back in time.
     stuck: Option<Stuck>,
 }
 
-#[derive(Debug)]
 struct Stuck {
     since: Instant,
     request: Arc<dyn Request>,
 }
 
-trait Request: Send + Sync + std::fmt::Debug {
+trait Request: Send + Sync {
     fn has_come_back(&self) -> bool;
     fn beat(&self);
 }
@@ -53,19 +50,16 @@ pub fn still_going() {
 }
 
 /// What was asked in one lane.
-#[derive(Debug)]
 pub struct Batch<K, A> {
     lane: K,
     shared: Arc<Shared<A>>,
 }
 
-#[derive(Debug)]
 struct Shared<A> {
     state: Mutex<State<A>>,
     finished: Condvar,
 }
 
-#[derive(Debug)]
 struct State<A> {
     answers: Vec<A>,
     /// When the last answer came, or the first question was asked.
@@ -101,7 +95,7 @@ impl<A> Shared<A> {
 
     fn run<Q>(self: &Arc<Self>, questions: Vec<Q>, ask: impl Fn(Q) -> A)
     where
-        A: Send + std::fmt::Debug + 'static,
+        A: Send + 'static,
     {
         /// Also when a question panics.
         struct Finish<'a, A>(&'a Shared<A>);
@@ -127,7 +121,7 @@ impl<A> Shared<A> {
     }
 }
 
-impl<A: Send + std::fmt::Debug> Request for Shared<A> {
+impl<A: Send> Request for Shared<A> {
     fn has_come_back(&self) -> bool {
         lock(&self.state).finished
     }
@@ -150,7 +144,7 @@ impl<K: Clone + Eq + Hash> Lanes<K> {
     pub fn ask<Q, A>(&mut self, lane: &K, questions: Vec<Q>, ask: impl Fn(Q) -> A + Send + 'static) -> Batch<K, A>
     where
         Q: Send + 'static,
-        A: Send + std::fmt::Debug + 'static,
+        A: Send + 'static,
     {
         let nothing = || Batch { lane: lane.clone(), shared: Shared::new(true) };
         if questions.is_empty() || self.stuck_since(lane).is_some() {
@@ -184,7 +178,7 @@ impl<K: Clone + Eq + Hash> Lanes<K> {
     /// Waits until all has come back, or until nothing more has come for as long as patience lasts.
     pub fn wait<A>(&mut self, batch: &Batch<K, A>) -> Answers<A>
     where
-        A: Send + std::fmt::Debug + 'static,
+        A: Send + 'static,
     {
         self.wait_for(batch, None)
     }
@@ -192,7 +186,7 @@ impl<K: Clone + Eq + Hash> Lanes<K> {
     /// The same with another patience.
     pub fn wait_for<A>(&mut self, batch: &Batch<K, A>, patience: Option<Duration>) -> Answers<A>
     where
-        A: Send + std::fmt::Debug + 'static,
+        A: Send + 'static,
     {
         let patience = patience.unwrap_or(self.patience);
         let mut state = lock(&batch.shared.state);

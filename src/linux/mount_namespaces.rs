@@ -14,7 +14,7 @@ use procfs::process::MountInfo;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 
 use super::descriptors::processes;
-use super::identity::{FileId, FileKind, FileStatus, status, status_of};
+use super::identity::{FileId, FileStatus, status, status_of};
 use super::mounts::unescape;
 use super::{ReadError, Roots};
 
@@ -81,7 +81,7 @@ fn look_inside(root: &Path, path: &Path) -> Option<(OwnedFd, FileStatus)> {
     let inside = path.strip_prefix("/").ok()?;
     let fd = rustix::fs::openat2(&root, inside, flags, Mode::empty(), ResolveFlags::IN_ROOT).ok()?;
     let status = status_of(&fd).ok()?;
-    matches!(status.kind, FileKind::Regular | FileKind::Block).then_some((fd, status))
+    status.kind.can_be_image().then_some((fd, status))
 }
 
 /// The path here of a file of another namespace: by the mount that it lies on there, and a mount here of the same file

@@ -13,7 +13,7 @@ use nix::libc;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use serde::{Deserialize, Serialize};
 
-use super::identity::{FileKind, FileStatus, status_of, status_of_name};
+use super::identity::{FileStatus, status_of, status_of_name};
 use super::lock_table::LockMode;
 use crate::protocol::{Access, HeldByOthers, LockByte};
 
@@ -92,10 +92,7 @@ pub fn open(path: &Path) -> Result<(OwnedFd, FileStatus), OpenError> {
         other => other?,
     };
     let status = status_of(&fd)?;
-    match status.kind {
-        FileKind::Regular | FileKind::Block => Ok((fd, status)),
-        FileKind::Directory | FileKind::Special => Err(OpenError::NotAnImage),
-    }
+    if status.kind.can_be_image() { Ok((fd, status)) } else { Err(OpenError::NotAnImage) }
 }
 
 /// The same for a name that somebody else chose, such as that of a backing file: what is no image is not even opened,
@@ -104,10 +101,7 @@ pub fn open(path: &Path) -> Result<(OwnedFd, FileStatus), OpenError> {
 /// # Errors
 /// As [`OpenError`] says.
 pub fn open_if_image(path: &Path) -> Result<(OwnedFd, FileStatus), OpenError> {
-    match status_of_name(path)?.kind {
-        FileKind::Regular | FileKind::Block => open(path),
-        FileKind::Directory | FileKind::Special => Err(OpenError::NotAnImage),
-    }
+    if status_of_name(path)?.kind.can_be_image() { open(path) } else { Err(OpenError::NotAnImage) }
 }
 
 /// The first lock, in the kernel's order and not in that of the file, that would stop a write lock on `start..=end`.

@@ -230,8 +230,13 @@ pub fn container(cgroup: &str) -> Option<String> {
 fn pod_uid(part: &str) -> Option<String> {
     let name = part.strip_suffix(".slice").unwrap_or(part);
     let uid = name.rsplit_once("pod").map(|(_, uid)| uid.replace('_', "-"))?;
-    let is_uid = uid.len() == 36 && uid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
-    is_uid.then_some(uid)
+    is_pod_uid(&uid).then_some(uid)
+}
+
+/// Whether it looks like the uid of a pod: whoever may name a cgroup may write anything there.
+#[must_use]
+pub fn is_pod_uid(uid: &str) -> bool {
+    uid.len() == 36 && uid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
 }
 
 /// Whether every process of the host can be seen: not from inside a pid namespace of its own, and not through a `/proc`

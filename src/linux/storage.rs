@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::crew::Crew;
-use super::lanes::{Answers, Batch, Lanes, PATIENCE};
+use super::lanes::{Answers, Lanes, PATIENCE};
 use super::mounts::{Mount, Mounts};
 use super::{ReadError, Roots};
 
@@ -24,20 +24,11 @@ pub enum Lane {
 }
 
 /// The mounts, and who asks about what lies on them.
-#[derive(Debug)]
 pub struct Storage {
     lanes: Lanes<Lane>,
     /// For names that may lead anywhere.
     names: Crew<PathBuf>,
     mounts: Option<Mounts>,
-}
-
-/// Questions that were put to several lanes at once.
-#[derive(Debug)]
-pub struct Asked<A> {
-    /// For each lane, the places of its questions among all of them.
-    batches: Vec<(Vec<usize>, Batch<Lane, A>)>,
-    questions: usize,
 }
 
 impl Storage {
@@ -94,40 +85,36 @@ impl Storage {
     ) -> Vec<Option<A>>
     where
         Q: Clone + Send + 'static,
-        A: Send + std::fmt::Debug + 'static,
+        A: Send + 'static,
     {
         self.names.ask(questions, ask)
     }
 
-    /// Puts each question to its lane, and returns at once.
-    pub fn ask<Q, A>(
+    /// Puts each question to its lane, and has the answers in the order of the questions: `Err` with the time since when
+    /// the lane is stuck where none came. The lanes are asked side by side.
+    pub fn answers<Q, A>(
         &mut self,
         questions: impl IntoIterator<Item = (Lane, Q)>,
         ask: impl Fn(Q) -> A + Clone + Send + 'static,
-    ) -> Asked<A>
+    ) -> Vec<Result<A, Duration>>
     where
         Q: Send + 'static,
-        A: Send + std::fmt::Debug + 'static,
+        A: Send + 'static,
     {
+        // For each lane, the places of its questions among all of them.
         let mut by_lane: BTreeMap<Lane, (Vec<usize>, Vec<Q>)> = BTreeMap::new();
-        let mut number = 0;
+        let mut all = Vec::new();
         for (lane, question) in questions {
             let (places, of_lane) = by_lane.entry(lane).or_default();
-            places.push(number);
+            places.push(all.len());
             of_lane.push(question);
-            number += 1;
+            all.push(Err(Duration::ZERO));
         }
-        let batches = by_lane
+        let batches: Vec<_> = by_lane
             .into_iter()
             .map(|(lane, (places, questions))| (places, self.lanes.ask(&lane, questions, ask.clone())))
             .collect();
-        Asked { batches, questions: number }
-    }
-
-    /// The answers, in the order of the questions: `Err` with the time since when the lane is stuck where none came.
-    pub fn wait<A: Send + std::fmt::Debug + 'static>(&mut self, asked: Asked<A>) -> Vec<Result<A, Duration>> {
-        let mut all: Vec<Result<A, Duration>> = (0..asked.questions).map(|_| Err(Duration::ZERO)).collect();
-        for (places, batch) in asked.batches {
+        for (places, batch) in batches {
             let Answers { answers, stuck_since } = self.lanes.wait(&batch);
             let stuck_for = stuck_since.map_or(Duration::ZERO, |since| since.elapsed());
             let mut answers = answers.into_iter();
@@ -136,20 +123,6 @@ impl Storage {
             }
         }
         all
-    }
-
-    /// Asks and waits.
-    pub fn answers<Q, A>(
-        &mut self,
-        questions: impl IntoIterator<Item = (Lane, Q)>,
-        ask: impl Fn(Q) -> A + Clone + Send + 'static,
-    ) -> Vec<Result<A, Duration>>
-    where
-        Q: Send + 'static,
-        A: Send + std::fmt::Debug + 'static,
-    {
-        let asked = self.ask(questions, ask);
-        self.wait(asked)
     }
 
     /// Whether nothing comes back in `lane` now.

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::snapshot::Image;
 use crate::linux::identity::ProcessId;
-use crate::linux::process::ProcessFacts;
+use crate::linux::process::{ProcessFacts, is_pod_uid};
 use crate::text::is_treacherous;
 
 /// Commands for one process.
@@ -47,10 +47,8 @@ impl<'a> Manager<'a> {
         if let Some(number) = unit.strip_suffix(".scope").filter(is_number) {
             return Self::Proxmox(number);
         }
-        // Whoever may name a cgroup may write anything there: only what looks like a pod's uid is one.
-        let is_uid = |pod: &str| pod.len() == 36 && pod.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
         let pod = process.container.as_deref().and_then(|c| c.split_once(" pod ")).map(|(_, pod)| pod);
-        if let Some(pod) = pod.filter(|pod| is_uid(pod)) {
+        if let Some(pod) = pod.filter(|pod| is_pod_uid(pod)) {
             return Self::Pod(pod);
         }
         // A service that is named after the program is the program's; one that merely started it, such as cron, is not.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::sample::{Answer, ImageSample, Sample};
 use super::snapshot::{Holder, Image, Opener, Verdict};
-use super::wording::{process_name, range_text};
+use super::wording::{filesystem_text, openers_text, process_name, range_text};
 use crate::linux::descriptors::OpenMode;
 use crate::linux::lock_table::{LockKind, LockMode};
 use crate::linux::mounts::Reach;
@@ -92,14 +92,10 @@ fn unanswered(image: &Image, raw: &ImageSample) -> Option<Finding> {
             Severity::Warning,
             format!(
                 "its storage ({}) has not answered since {since:.0}: whether it is locked cannot be told",
-                filesystem(image)
+                filesystem_text(image)
             ),
         )),
     }
-}
-
-fn filesystem(image: &Image) -> String {
-    format!("{} {}", escape(&image.filesystem.kind), escape(&image.filesystem.source))
 }
 
 /// Whether the image lies on a FUSE mount whose server keeps the locks: then a descriptor does not show what it holds.
@@ -161,18 +157,18 @@ fn without_holder(image: &Image, raw: &ImageSample, sample: &Sample) -> Option<F
             Severity::Warning,
             format!(
                 "locked, but not on this host: look on the others that use {}{}; or a stale lock there",
-                filesystem(image),
+                filesystem_text(image),
                 word_of_server(raw)
             ),
         )),
         Verdict::Unknown if matches!(raw.answer, Answer::Bytes(_)) => {
             // No numbers here: they change with every process on the host, and this does not.
             let why = if may_be_held_by_openers(image, raw) {
-                let mut who: Vec<String> = image.openers.iter().map(|o| process_name(&o.process)).collect();
-                who.dedup();
-                let who = who.join(", ");
-                let filesystem = filesystem(image);
-                &format!("the server of {filesystem} keeps the locks; here {who} has it open, and other hosts may too")
+                &format!(
+                    "the server of {} keeps the locks; here {} has it open, and other hosts may too",
+                    filesystem_text(image),
+                    openers_text(image)
+                )
             } else if sample.hidden_processes > 0 {
                 "it may be one of the processes that may not be read; root sees the most"
             } else if sample.sees_all_processes {

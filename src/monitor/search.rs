@@ -110,9 +110,8 @@ impl Search {
     pub(super) fn keep_only(&mut self, files: &HashSet<FileId>) {
         let gone: Vec<OpenDescriptor> =
             self.known.extract_if(|file, _| !files.contains(file)).flat_map(|(_, descriptors)| descriptors).collect();
-        for still in self.again(gone.iter().collect()).into_iter().flatten().filter(matters) {
-            self.add_deleted(vec![still]);
-        }
+        let still = self.again(gone.iter().collect()).into_iter().flatten().filter(matters).collect();
+        self.add_deleted(still);
     }
 
     /// Adds those of `descriptors` whose file has no name any more.
@@ -193,24 +192,20 @@ impl Search {
         let mut found = Vec::new();
         for (entry, result) in to_walk.into_iter().zip(results) {
             let (descriptors, hidden) = match result {
-                Some((count, Ok(of_process))) => {
+                Some((count, _, Ok(of_process))) => {
                     found.extend(of_process);
                     (count, false)
                 }
-                Some((_, Err(Unlisted::Gone))) => {
+                Some((_, _, Err(NotListed::Gone))) => {
                     self.forget(entry.pid);
                     continue;
                 }
                 // Kernel threads may not be read either, but have nothing open.
-                Some((count, Err(Unlisted::Hidden { is_kernel_thread }))) => (count, !is_kernel_thread),
-                // We have no descriptor left to read it with: it is walked again.
-                Some((_, Err(Unlisted::Exhausted))) => {
-                    exhausted = true;
-                    silent.insert(entry.pid);
-                    (u64::MAX, true)
-                }
-                // It does not answer: what is known of it stays, and what it has besides is not known.
-                None => {
+                Some((count, is_kernel_thread, Err(NotListed::Hidden))) => (count, !is_kernel_thread),
+                // It does not answer, or we have no descriptor left to read it with: what is known of it stays, what it
+                // has besides is not known, and it is walked again.
+                None | Some((_, _, Err(NotListed::Exhausted))) => {
+                    exhausted |= result.is_some();
                     silent.insert(entry.pid);
                     (u64::MAX, true)
                 }
@@ -259,14 +254,10 @@ impl Search {
             let is_wanted = |s: &FileStatus| wanted.contains(&s.id) || (s.links == 0 && s.kind == FileKind::Regular);
             // Counted first: what is opened during the walk then shows as a change.
             let count = descriptors::count(&roots, pid).unwrap_or_default();
-            let listed = descriptors::of_process(&roots, pid, &is_wanted).map_err(|e| match e {
-                NotListed::Gone => Unlisted::Gone,
-                NotListed::Exhausted => Unlisted::Exhausted,
-                NotListed::Hidden => Unlisted::Hidden {
-                    is_kernel_thread: process::brief(&roots, pid).is_some_and(|b| b.is_kernel_thread),
-                },
-            });
-            (count, listed)
+            let listed = descriptors::of_process(&roots, pid, &is_wanted);
+            let hidden = matches!(listed, Err(NotListed::Hidden));
+            let is_kernel_thread = hidden && process::brief(&roots, pid).is_some_and(|b| b.is_kernel_thread);
+            (count, is_kernel_thread, listed)
         })
     }
 
@@ -284,14 +275,8 @@ impl Search {
     }
 }
 
-type Walked = (u64, Result<Vec<OpenDescriptor>, Unlisted>);
-
-#[derive(Debug)]
-enum Unlisted {
-    Gone,
-    Exhausted,
-    Hidden { is_kernel_thread: bool },
-}
+/// How many descriptors a process has, whether it is hidden because it is a thread of the kernel, and what was found.
+type Walked = (u64, bool, Result<Vec<OpenDescriptor>, NotListed>);
 
 #[cfg(test)]
 mod tests {

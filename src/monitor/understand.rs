@@ -131,23 +131,19 @@ fn lies_on(holder: &Holder, byte: LockByte) -> bool {
 }
 
 fn openers(image: &ImageSample, sample: &Sample) -> Vec<Opener> {
-    let holds = |pid: i32| {
-        let on_a_byte = |r: &LockRecord| r.counts() && LockByte::ALL.iter().any(|b| r.covers(b.offset()));
-        image.descriptors.iter().any(|d| d.pid == pid && d.locks.iter().any(on_a_byte))
+    let holds_any = |pid: i32, bytes: &[LockByte]| {
+        let on_one = |r: &LockRecord| r.counts() && bytes.iter().any(|b| r.covers(b.offset()));
+        image.descriptors.iter().any(|d| d.pid == pid && d.locks.iter().any(on_one))
     };
     // Whoever says that it writes may write through any of its descriptors; whoever only reads, by its locks, may not.
-    let writes = LockByte::permission(Permission::Write);
-    let says_that_it_writes = |pid: i32| {
-        let on_it = |r: &LockRecord| r.counts() && r.covers(writes.offset());
-        image.descriptors.iter().any(|d| d.pid == pid && d.locks.iter().any(on_it))
-    };
+    let writes = [LockByte::permission(Permission::Write)];
     let unlocked_writer = |d: &OpenDescriptor| {
-        d.mode == OpenMode::Write && !d.locks.iter().any(LockRecord::counts) && !says_that_it_writes(d.pid)
+        d.mode == OpenMode::Write && !d.locks.iter().any(LockRecord::counts) && !holds_any(d.pid, &writes)
     };
     let mut openers: Vec<Opener> = image
         .descriptors
         .iter()
-        .filter(|d| !holds(d.pid) || unlocked_writer(d))
+        .filter(|d| !holds_any(d.pid, &LockByte::ALL) || unlocked_writer(d))
         .filter_map(|d| Some(Opener { process: sample.processes.get(&d.pid)?.clone(), fd: d.fd, mode: d.mode }))
         .collect();
     openers.sort_by_key(|o| (o.process.id.pid, o.fd));

@@ -6,7 +6,7 @@
 use super::advice::{Manager, advice, advice_for_ownerless, quote, quote_path};
 use super::snapshot::{ByteState, Holder, Image, Snapshot, Verdict};
 use super::what_if::{Harm, Outcome, Refused, WhatIf, chain, shared_reader_passes};
-use super::wording::process_name;
+use super::wording::{filesystem_text, openers_text, process_name};
 use crate::linux::descriptors::OpenMode;
 use crate::linux::process::ProcessFacts;
 use crate::protocol::Operation;
@@ -47,11 +47,9 @@ pub fn ways_out(snapshot: &Snapshot, image: &Image, answer: &WhatIf) -> Vec<Stri
             ways.extend(loops.map(|d| format!("first detach loop device {d}")));
             ways
         }
-        (Outcome::Unknown(_), _) if image.verdict == Verdict::Stalled => vec![format!(
-            "see that {} {} answers again; nothing can be told before",
-            escape(&image.filesystem.kind),
-            escape(&image.filesystem.source)
-        )],
+        (Outcome::Unknown(_), _) if image.verdict == Verdict::Stalled => {
+            vec![format!("see that {} answers again; nothing can be told before", filesystem_text(image))]
+        }
         // Only where it is a matter of permission would root see more.
         (Outcome::Unknown(_), _)
             if image.format.is_none() || image.bytes.iter().any(|b| b.state == ByteState::Unknown) =>
@@ -107,9 +105,7 @@ fn after_refusal(snapshot: &Snapshot, image: &Image, operation: &Operation, refu
                 "no process holds it through a descriptor: look what stands on it before anything is ended".to_owned()
             }
             Verdict::Unknown if !holder.openers.is_empty() => {
-                let mut who: Vec<String> = holder.openers.iter().map(|o| process_name(&o.process)).collect();
-                who.dedup();
-                format!("the holder cannot be told; here {} has it open, and may be the one", who.join(", "))
+                format!("the holder cannot be told; here {} has it open, and may be the one", openers_text(holder))
             }
             _ => "the holder cannot be seen: run qlock-top as root on the host itself".to_owned(),
         });

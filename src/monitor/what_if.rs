@@ -144,7 +144,8 @@ pub fn conflict(image: &Image, access: Access) -> Option<(LockByte, Sentence, Ve
 }
 
 /// The first byte at which others refuse `access`, if it is taken in one step: their write locks before the test.
-fn first_refusal(access: Access, others: HeldByOthers) -> Option<(LockByte, Sentence)> {
+#[must_use]
+pub fn first_refusal(access: Access, others: HeldByOthers) -> Option<(LockByte, Sentence)> {
     let blocked = access.bytes().find(|b| others.write_locked.contains(*b)).map(|b| (b, Sentence::lock_failed(b)));
     blocked.or_else(|| access.first_conflict(others.locked).map(|b| (b, Sentence::conflict(b))))
 }

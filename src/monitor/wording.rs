@@ -120,6 +120,20 @@ fn plain_role(image: &Image) -> &'static str {
     })
 }
 
+/// "nfs4 filer:/vol": the file system that the image lies on.
+#[must_use]
+pub fn filesystem_text(image: &Image) -> String {
+    format!("{} {}", escape(&image.filesystem.kind), escape(&image.filesystem.source))
+}
+
+/// Who has the image open and holds none of the ten bytes, each process once.
+#[must_use]
+pub fn openers_text(image: &Image) -> String {
+    let mut who: Vec<String> = image.openers.iter().map(|o| process_name(&o.process)).collect();
+    who.dedup();
+    who.join(", ")
+}
+
 /// Who holds the image or has it open, the holders first, each process once; and where nobody can be named, why.
 #[must_use]
 pub fn holders_text(image: &Image) -> String {
@@ -145,7 +159,7 @@ fn list_holders(image: &Image, process_name: fn(&ProcessFacts) -> String) -> Str
         add(format!("{} {how} unlocked", process_name(&opener.process)));
     }
     if matches!(image.verdict, Verdict::HeldElsewhere) {
-        add(format!("not on this host ({} {})", escape(&image.filesystem.kind), escape(&image.filesystem.source)));
+        add(format!("not on this host ({})", filesystem_text(image)));
     } else if !image.verdict.is_certain() || image.verdict == Verdict::HeldByKernel {
         image.findings.first().into_iter().for_each(|f| add(f.text.clone()));
     }

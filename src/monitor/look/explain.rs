@@ -96,7 +96,9 @@ impl Looker {
     fn look_for_mappings(&mut self, ownerless: &[Arc<Entry>]) {
         let on_superblock = |image: &ImageSample| {
             let device = image.mount.as_ref().map_or(image.file.device, |m| m.lock_device);
-            image.rows_certain.then_some((FileId { device, ..image.file }, image.file))
+            // Without a row it is no lock of this kernel's, and no reason to read every process's mappings.
+            let in_table = image.rows_certain && image.table_rows.iter().any(LockRecord::counts);
+            in_table.then_some((FileId { device, ..image.file }, image.file))
         };
         let files: HashMap<FileId, FileId> =
             ownerless.iter().filter_map(|e| on_superblock(self.images.get(&e.resolved)?)).collect();

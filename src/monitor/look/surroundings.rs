@@ -12,7 +12,7 @@ use super::super::sample::Backing;
 use super::Looker;
 use crate::image::catalog::Entry;
 use crate::image::header::{self, Header};
-use crate::linux::identity::{FileId, FileKind, FileStatus, status, status_of_name};
+use crate::linux::identity::{FileId, FileKind, status, status_of_name};
 use crate::linux::loop_devices;
 use crate::linux::mounts::Mount;
 use crate::text::escape_path;
@@ -37,8 +37,7 @@ impl LoopFiles {
 }
 
 fn find(path: PathBuf) -> Backing {
-    let is_image = |s: &FileStatus| matches!(s.kind, FileKind::Regular | FileKind::Block);
-    let file = status_of_name(&path).ok().filter(is_image).map(|s| s.id);
+    let file = status_of_name(&path).ok().filter(|s| s.kind.can_be_image()).map(|s| s.id);
     let path = if file.is_some() { path.canonicalize().unwrap_or(path) } else { path };
     Backing { path, file, answered: true }
 }
@@ -73,12 +72,9 @@ impl Looker {
         let questions = due.iter().map(|path| (path.clone(), ())).collect();
         let answers = self.storage.ask_names(questions, |path, ()| find(path));
         for (path, answer) in due.into_iter().zip(answers) {
-            let backing = answer.unwrap_or_else(|| {
-                let known = self.backings.remove(&path).map(|k| k.backing);
-                Backing {
-                    answered: false,
-                    ..known.unwrap_or(Backing { path: path.clone(), file: None, answered: false })
-                }
+            let backing = answer.unwrap_or_else(|| match self.backings.remove(&path) {
+                Some(known) => Backing { answered: false, ..known.backing },
+                None => Backing { path: path.clone(), file: None, answered: false },
             });
             self.backings.insert(path, KnownBacking { asked_at: Instant::now(), backing });
         }
