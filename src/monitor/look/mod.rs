@@ -212,9 +212,10 @@ impl Looker {
         self.search.keep_only(&wanted);
         self.search.refresh(&self.ids(&targets));
         // Somebody opened the files: who that was shows in the number of its descriptors, lock or no lock.
-        self.scan(if matches!(scope, Scope::Files(_)) { Depth::Changed } else { Depth::New }, &wanted);
-        if self.walks.is_due() {
-            self.walk_all(&wanted);
+        match scope {
+            _ if self.walks.is_due() => self.walk_all(&wanted),
+            Scope::Everything => self.scan(Depth::New, &wanted),
+            Scope::Files(_) => self.scan(Depth::Changed, &wanted),
         }
         self.explain(&wanted);
         if let Scope::Everything = scope {
