@@ -139,7 +139,9 @@ fn pure_files_do_no_io_and_ask_no_clock() {
 #[test]
 fn only_hold_sets_a_lock_and_nothing_is_unsafe() {
     for (name, code) in all_code() {
-        assert!(!code.contains("unsafe {") && !code.contains("unsafe fn"), "{name}");
+        // bpf(2) has no safe wrapper: one file, with its reason.
+        let is_unsafe = code.contains("unsafe {") || code.contains("unsafe fn") || code.contains("allow(unsafe_code)");
+        assert_eq!(is_unsafe, name == "linux/task_files.rs", "{name}");
         for setter in ["F_OFD_SETLK", "F_SETLK", "flock(", "lockf("] {
             assert!(name == "hold.rs" || !code.contains(setter), "{name} says {setter}");
         }

@@ -90,6 +90,16 @@ pub fn processes(roots: &Roots) -> Result<Vec<ProcessEntry>, ReadError> {
     Ok(found)
 }
 
+/// A text that is another one once a process or thread has started or ended: the number of all threads and the pid that
+/// was given last (`/proc/loadavg`, proc_loadavg(5)). `None` where it cannot be had, and in a recorded tree.
+#[must_use]
+pub fn population(roots: &Roots) -> Option<String> {
+    let text = std::fs::read_to_string(roots.proc.join("loadavg")).ok().filter(|_| roots.is_host())?;
+    let mut words = text.split_ascii_whitespace().skip(3);
+    let (_, threads) = words.next()?.split_once('/')?;
+    Some(format!("{threads} {}", words.next()?))
+}
+
 /// The number of descriptors that a process has open (Linux 6.2: the size of `/proc/PID/fd`; 0 on older kernels).
 #[must_use]
 pub fn count(roots: &Roots, pid: i32) -> Option<u64> {
@@ -138,6 +148,38 @@ pub fn deleted_path(roots: &Roots, pid: i32, fd: i32) -> Option<PathBuf> {
     let link = std::fs::read_link(roots.proc.join(format!("{pid}/fd/{fd}"))).ok()?;
     let path = link.as_os_str().as_bytes().strip_suffix(b" (deleted)")?;
     Some(PathBuf::from(OsStr::from_bytes(path)))
+}
+
+/// Looks at one descriptor for the first time: `None` when it is closed, or leads to no file for which `wanted` is true.
+///
+/// # Errors
+/// As for [`of_process`].
+pub fn of_one(
+    roots: &Roots,
+    pid: i32,
+    fd: i32,
+    wanted: &dyn Fn(&FileStatus) -> bool,
+) -> Result<Option<OpenDescriptor>, NotListed> {
+    match super::identity::status(&roots.proc.join(format!("{pid}/fd/{fd}"))) {
+        Ok(status) if status.kind.can_be_image() && wanted(&status) => describe(roots, pid, fd, status.id),
+        Ok(_) => Ok(None),
+        Err(errno) => match NotListed::from(errno) {
+            NotListed::Gone => Ok(None),
+            why => Err(why),
+        },
+    }
+}
+
+/// Whether the descriptors of a process may be looked at, by one that nearly every process has. `None` where it has not.
+#[must_use]
+pub fn may_be_read(roots: &Roots, pid: i32) -> Option<bool> {
+    match super::identity::status(&roots.proc.join(format!("{pid}/fd/0"))) {
+        Ok(_) => Some(true),
+        Err(errno) => match NotListed::from(errno) {
+            NotListed::Hidden => Some(false),
+            NotListed::Gone | NotListed::Exhausted => None,
+        },
+    }
 }
 
 /// Looks again at one descriptor: `None` when it is closed or leads to another file now.

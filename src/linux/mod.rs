@@ -6,6 +6,7 @@
 pub mod crew;
 pub mod descriptors;
 pub mod identity;
+mod kernel_types;
 pub mod lanes;
 pub mod lock_table;
 pub mod loop_devices;
@@ -15,6 +16,7 @@ pub mod mounts;
 pub mod probe;
 pub mod process;
 pub mod storage;
+pub mod task_files;
 
 use std::io;
 use std::path::{Path, PathBuf};
