@@ -140,15 +140,60 @@ impl LockLines {
     }
 }
 
-/// Reads `/proc/locks` into `buffer`, which is kept for the next time.
-///
-/// # Errors
-/// When the file cannot be opened or read.
-pub fn read_table(roots: &Roots, buffer: &mut Vec<u8>) -> Result<LockLines, ReadError> {
-    let path = roots.proc.join("locks");
-    buffer.clear();
-    std::fs::File::open(&path).and_then(|mut f| f.read_to_end(buffer)).map_err(|e| ReadError::new(&path, e))?;
-    Ok(parse_table(&String::from_utf8_lossy(buffer)))
+/// `/proc/locks` as it was read last. Most often it is as before, and then nothing is parsed.
+#[derive(Debug, Default)]
+pub struct LockTable {
+    text: Vec<u8>,
+    /// Kept for the next reading.
+    spare: Vec<u8>,
+    /// By file, range, kind and owner: the table repeats, in any order.
+    records: Vec<LockRecord>,
+    bad_lines: u32,
+    version: u64,
+}
+
+impl LockTable {
+    /// Reads the table again. Where that fails it is empty.
+    ///
+    /// # Errors
+    /// When the file cannot be opened or read.
+    pub fn refresh(&mut self, roots: &Roots) -> Result<(), ReadError> {
+        let path = roots.proc.join("locks");
+        self.spare.clear();
+        let read = std::fs::File::open(&path).and_then(|mut f| f.read_to_end(&mut self.spare));
+        if read.is_err() {
+            self.spare.clear();
+        }
+        if self.spare != self.text || self.version == 0 {
+            std::mem::swap(&mut self.text, &mut self.spare);
+            let lines = parse_table(&String::from_utf8_lossy(&self.text));
+            (self.records, self.bad_lines) = (lines.records, lines.bad_lines);
+            self.records.sort_by_key(|r| (r.file, r.start, r.end, r.kind as u8, r.pid));
+            self.version += 1;
+        }
+        read.map(drop).map_err(|e| ReadError::new(&path, e))
+    }
+
+    /// Another number for each other content.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// Lines that could not be understood.
+    #[must_use]
+    pub fn bad_lines(&self) -> u32 {
+        self.bad_lines
+    }
+
+    /// The rows about a file, by range.
+    #[must_use]
+    pub fn rows(&self, file: FileId) -> &[LockRecord] {
+        let file = Some(file);
+        let start = self.records.partition_point(|r| r.file < file);
+        let length = self.records[start..].partition_point(|r| r.file == file);
+        &self.records[start..start + length]
+    }
 }
 
 #[cfg(test)]
@@ -208,6 +253,30 @@ mod tests {
              3: OFDLCK ADVISORY  READ -1 fe:00:1 100\n4: OFDLCK ADVISORY  READ x fe:00:1 1 1\n",
         );
         assert_eq!((lines.records.len(), lines.bad_lines), (1, 4));
+    }
+
+    #[test]
+    fn a_table_that_reads_the_same_is_the_same_and_another_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let roots = Roots::recorded(dir.path());
+        let mut table = LockTable::default();
+        assert!(table.refresh(&roots).is_err());
+        let write = |text: &str| std::fs::write(dir.path().join("locks"), text).unwrap();
+        write("1: OFDLCK ADVISORY  READ -1 fe:00:9 201 201\n2: OFDLCK ADVISORY  READ -1 fe:00:9 100 101\nwhat\n");
+        let of = FileId { device: Device { major: 0xfe, minor: 0 }, inode: 9 };
+        table.refresh(&roots).unwrap();
+        let first = table.version();
+        assert_eq!((table.rows(of)[0].start, table.rows(of).len(), table.bad_lines()), (100, 2, 1));
+        table.refresh(&roots).unwrap();
+        assert_eq!(table.version(), first);
+        write("1: OFDLCK ADVISORY  READ -1 fe:00:9 201 201\n");
+        table.refresh(&roots).unwrap();
+        assert_ne!(table.version(), first);
+        assert_eq!(table.rows(of).len(), 1);
+        assert!(table.rows(FileId { inode: 8, ..of }).is_empty());
+        std::fs::remove_file(dir.path().join("locks")).unwrap();
+        assert!(table.refresh(&roots).is_err());
+        assert!(table.rows(of).is_empty(), "what cannot be read is not remembered");
     }
 
     proptest! {

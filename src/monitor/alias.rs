@@ -4,6 +4,7 @@
 //! and the same file in the layer below: whoever locks one of them does not stop whoever opens the other. Pure.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::finding::{Severity, finding};
 use super::sample::ImageSample;
@@ -12,7 +13,7 @@ use crate::linux::identity::{Device, FileId};
 use crate::text::escape_path;
 
 /// Adds to each image that has an alias among the others what that means. `raw` is in the order of `images`.
-pub(super) fn aliases(images: &mut [Image], raw: &[ImageSample]) {
+pub(super) fn aliases(images: &mut [Image], raw: &[Arc<ImageSample>]) {
     let mut found: Vec<(usize, usize, &'static str, String)> = Vec::new();
     let mut nodes: BTreeMap<Device, Vec<usize>> = BTreeMap::new();
     for (i, image) in raw.iter().enumerate() {

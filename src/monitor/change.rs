@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -45,7 +46,7 @@ pub struct Change {
     /// To which image; `None` for a gap that concerns them all.
     pub image: Option<PathBuf>,
     /// Who did it, where that is known.
-    pub process: Option<ProcessFacts>,
+    pub process: Option<Arc<ProcessFacts>>,
     /// Through which descriptor.
     pub fd: Option<i32>,
     /// The bytes taken or let go.

@@ -3,6 +3,8 @@
 //! Each finding is a code for scripts, a severity, and one sentence that says what is so and what to do. Pure; asks the
 //! snapshot and the sample that it was made of.
 
+use std::collections::HashMap;
+
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -10,6 +12,7 @@ use super::sample::{Answer, ImageSample, Sample};
 use super::snapshot::{Holder, Image, Opener, Verdict};
 use super::wording::{filesystem_text, openers_text, process_name, range_text};
 use crate::linux::descriptors::OpenMode;
+use crate::linux::identity::FileId;
 use crate::linux::lock_table::{LockKind, LockMode};
 use crate::linux::mounts::Reach;
 use crate::linux::process::ProcessFacts;
@@ -124,7 +127,7 @@ fn word_of_server(raw: &ImageSample) -> String {
 /// Those who have the file in their memory.
 fn mappers(raw: &ImageSample, sample: &Sample) -> String {
     let names: Vec<String> =
-        raw.mapped_by.iter().filter_map(|pid| sample.processes.get(pid)).map(process_name).collect();
+        raw.mapped_by.iter().filter_map(|pid| sample.processes.get(pid)).map(|p| process_name(p)).collect();
     names.join(", ")
 }
 
@@ -229,7 +232,7 @@ fn shared_writers(image: &Image) -> Option<Finding> {
         .holders
         .iter()
         .filter(|h| !h.ours && h.access.permissions.contains(Permission::Write))
-        .map(|h| &h.process)
+        .map(|h| &*h.process)
         .collect();
     writers.sort_by_key(|p| p.id);
     writers.dedup_by_key(|p| p.id);
@@ -266,9 +269,12 @@ pub fn findings_between(images: &mut [Image]) {
         base.holders.iter().filter(writes).find(other).map(|h| process_name(&h.process))
     };
     let mut found = Vec::new();
+    let mut by_file: HashMap<FileId, Vec<usize>> = HashMap::new();
+    images.iter().enumerate().for_each(|(i, image)| by_file.entry(image.file).or_default().push(i));
     for user in images.iter().filter(|i| !i.holders.is_empty()) {
         let Some(file) = user.backing.as_ref().and_then(|b| b.file) else { continue };
-        for (i, base) in images.iter().enumerate().filter(|(_, b)| b.file == file) {
+        for i in by_file.get(&file).into_iter().flatten().copied() {
+            let base = &images[i];
             found.extend(written(base, user).map(|who| {
                 let text = format!(
                     "{who} writes to it while {}, which stands on it, is in use: that overlay is being ruined",
@@ -289,7 +295,7 @@ pub fn findings_between(images: &mut [Image]) {
 pub fn findings_of_host(images: &mut [Image], sample: &Sample) -> Vec<Finding> {
     let mut all = Vec::new();
     for image in &sample.deleted {
-        let who = sample.processes.get(&image.descriptor.pid).map(process_name).unwrap_or_default();
+        let who = sample.processes.get(&image.descriptor.pid).map(|p| process_name(p)).unwrap_or_default();
         let text = format!(
             "{} is deleted, but {who} holds it: its space is free only when that ends",
             escape_path(&image.path)

@@ -28,9 +28,9 @@ pub struct Sample {
     /// By which process of that host, if it could hold locks of its own; 0 for a recorded tree.
     pub taken_by: i32,
     /// Each watched image, by path.
-    pub images: Vec<ImageSample>,
+    pub images: Vec<Arc<ImageSample>>,
     /// The processes that have one of them open.
-    pub processes: BTreeMap<i32, ProcessFacts>,
+    pub processes: BTreeMap<i32, Arc<ProcessFacts>>,
     /// How many processes could be seen but not read.
     pub hidden_processes: usize,
     /// Whether every process of the host can be seen at all: not in a pid namespace of our own, nor with `hidepid`.
@@ -75,7 +75,7 @@ pub struct Backing {
     pub answered: bool,
 }
 
-/// One image at one moment.
+/// One image at one moment. Two moments share it where nothing changed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ImageSample {
     /// As it is shown.
@@ -111,4 +111,36 @@ pub struct ImageSample {
     pub mounted_on: Option<PathBuf>,
     /// On an overlay file system: the file of the layer that it is.
     pub layer: Option<FileId>,
+}
+
+impl Sample {
+    /// Whether two samples say the same, whenever they were taken.
+    #[must_use]
+    pub fn says_the_same(&self, other: &Self) -> bool {
+        let same_image = |(a, b): (&Arc<ImageSample>, &Arc<ImageSample>)| Arc::ptr_eq(a, b) || a == b;
+        self.images.len() == other.images.len()
+            && self.images.iter().zip(&other.images).all(same_image)
+            && self.processes == other.processes
+            && (self.hidden_processes, self.sees_all_processes) == (other.hidden_processes, other.sees_all_processes)
+            && self.troubles == other.troubles
+            && self.deleted == other.deleted
+            && (&self.host, self.taken_by) == (&other.host, other.taken_by)
+    }
+}
+
+impl ImageSample {
+    /// Whether file, header and answers are those of `other`, whoever has it open and whatever stands around it.
+    #[must_use]
+    pub fn was_asked_the_same(&self, other: &Self) -> bool {
+        let same_mount = match (&self.mount, &other.mount) {
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b) || a == b,
+            (a, b) => a.is_none() && b.is_none(),
+        };
+        same_mount
+            && (self.file, self.file_size, self.device) == (other.file, other.file_size, other.device)
+            && self.resolved == other.resolved
+            && self.header == other.header
+            && self.answer == other.answer
+            && (self.rows_certain, &self.table_rows) == (other.rows_certain, &other.table_rows)
+    }
 }

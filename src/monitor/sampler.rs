@@ -16,6 +16,7 @@ use jiff::Timestamp;
 pub use super::agenda::Gap;
 use super::agenda::{Agenda, rest_after};
 use super::look::{Looker, Scope};
+use super::sample::Sample;
 use super::snapshot::Snapshot;
 use crate::image::catalog::CatalogError;
 use crate::image::watch::ImageWatch;
@@ -161,30 +162,38 @@ pub enum StartError {
     Resources(io::Error),
 }
 
-/// `/proc/locks` and the directories are asked this often between two ticks, in at most a hundredth of one core.
+/// `/proc/locks` and the directories are asked this often between two ticks, in at most this part of one core: with
+/// thousands of locks on the host that is less often.
 const HINT_PAUSE: Duration = Duration::from_millis(80);
-const HINT_SHARE: u32 = 100;
+const HINT_SHARE: u32 = 300;
 /// After a flood of events nobody listens to them for this long.
 const EVENT_REST: Duration = Duration::from_secs(5);
 
 struct Out {
     slot: Arc<Mutex<Slot>>,
     ringer: PipeWriter,
-    last: Option<Arc<Snapshot>>,
+    last: Option<(Sample, Arc<Snapshot>)>,
 }
 
 impl Out {
-    /// Puts a snapshot into the slot if it says something new.
-    fn publish(&mut self, snapshot: Snapshot, gaps: Vec<Gap>) {
-        lock(&self.slot).looked_at = Some(snapshot.taken_at);
-        let news = self.last.as_ref().is_none_or(|last| !last.says_the_same(&snapshot));
-        if !news && gaps.is_empty() {
+    /// Puts what was seen into the slot if it says something new.
+    fn publish(&mut self, sample: Sample, gaps: Vec<Gap>) {
+        lock(&self.slot).looked_at = Some(sample.taken_at);
+        let news = match &self.last {
+            // Most often nothing has changed, and then there is nothing to understand.
+            Some((last, _)) if last.says_the_same(&sample) => None,
+            last => {
+                let snapshot = Snapshot::of(&sample);
+                Some(snapshot).filter(|new| last.as_ref().is_none_or(|(_, last)| !last.says_the_same(new)))
+            }
+        };
+        if news.is_none() && gaps.is_empty() {
             return;
         }
-        let snapshot = Arc::new(snapshot);
         let mut slot = lock(&self.slot);
         slot.update.gaps.extend(gaps);
-        if news {
+        if let Some(snapshot) = news {
+            let snapshot = Arc::new(snapshot);
             if slot.update.snapshot.is_some() {
                 let merged = Gap::anywhere("changes came faster than they were taken: some of them were merged");
                 if !slot.update.gaps.contains(&merged) {
@@ -192,7 +201,7 @@ impl Out {
                 }
             }
             slot.update.snapshot = Some(Arc::clone(&snapshot));
-            self.last = Some(snapshot);
+            self.last = Some((sample, snapshot));
         }
         self.ring(&mut slot);
     }
@@ -253,9 +262,10 @@ impl Work {
                 (!due.is_empty()).then(|| self.looker.look_at_touched(&due))
             };
             if let Some(sample) = sample {
-                agenda.rested = Instant::now() + rest_after(now.elapsed());
+                let work = now.elapsed().saturating_sub(self.looker.take_slept());
+                agenda.rested = Instant::now() + rest_after(work);
                 self.looker.take_unwatched().into_iter().for_each(|text| agenda.gap(Gap::anywhere(text)));
-                self.out.publish(Snapshot::of(&sample), agenda.take_gaps());
+                self.out.publish(sample, agenda.take_gaps());
             }
             let wait = agenda.next().saturating_duration_since(Instant::now());
             match self.inbox.recv_timeout(wait) {
@@ -274,6 +284,7 @@ impl Work {
                         let text = "somebody wrote to it and was gone before it could be looked at";
                         agenda.gap(Gap { image: self.looker.shown_path(path), text: text.to_owned() });
                     }
+                    self.looker.expect_openers(&touched);
                     agenda.add(touched);
                 }
                 Ok(Order::Look) => agenda.tick = Instant::now(),
@@ -300,19 +311,19 @@ mod tests {
         (Out { slot: Arc::clone(&slot), ringer, last: None }, slot, bell)
     }
 
-    fn snapshot(held: bool) -> Snapshot {
+    fn seen(held: bool) -> Sample {
         let descriptors = if held { vec![holds(42, "cw/w")] } else { Vec::new() };
         let locked = if held { "cw/w" } else { "-/-" };
-        Snapshot::of(&sample(vec![ImageSample { descriptors, ..image("a", locked) }], &[process(42, "qemu-io", None)]))
+        sample(vec![ImageSample { descriptors, ..image("a", locked) }], &[process(42, "qemu-io", None)])
     }
 
     #[test]
     fn what_nobody_took_in_time_is_told_as_a_gap() {
         let (mut out, slot, _bell) = out();
-        out.publish(snapshot(false), Vec::new());
+        out.publish(seen(false), Vec::new());
         assert!(lock(&slot).update.gaps.is_empty());
-        out.publish(snapshot(true), Vec::new());
-        out.publish(snapshot(false), Vec::new());
+        out.publish(seen(true), Vec::new());
+        out.publish(seen(false), Vec::new());
         let slot = lock(&slot);
         assert_eq!(slot.update.gaps.len(), 1, "once, however many");
         assert!(slot.update.snapshot.as_ref().unwrap().images[0].held().is_empty(), "the newest waits");
@@ -321,11 +332,11 @@ mod tests {
     #[test]
     fn a_snapshot_that_says_the_same_wakes_nobody() {
         let (mut out, slot, _bell) = out();
-        out.publish(snapshot(true), Vec::new());
+        out.publish(seen(true), Vec::new());
         let mut taken = lock(&slot);
         (taken.update.snapshot, taken.rung) = (None, false);
         drop(taken);
-        out.publish(Snapshot { taken_at: jiff::Timestamp::MAX, ..snapshot(true) }, Vec::new());
+        out.publish(Sample { taken_at: jiff::Timestamp::MAX, ..seen(true) }, Vec::new());
         assert!(!lock(&slot).rung && lock(&slot).update.snapshot.is_none());
         drop(out);
         assert!(lock(&slot).update.ended && lock(&slot).rung, "the end is always told");

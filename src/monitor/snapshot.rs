@@ -2,7 +2,9 @@
 //!
 //! The values that screens, tables and streams are made of; `understand` makes them of a [`Sample`]. Pure.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -117,7 +119,7 @@ pub struct ForeignRange {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
     /// Who.
-    pub process: ProcessFacts,
+    pub process: Arc<ProcessFacts>,
     /// Through which descriptor; `None` if only the lock itself names the process.
     pub fd: Option<i32>,
     /// OFD or POSIX.
@@ -134,7 +136,7 @@ pub struct Holder {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Opener {
     /// Who.
-    pub process: ProcessFacts,
+    pub process: Arc<ProcessFacts>,
     /// Through which descriptor.
     pub fd: i32,
     /// For reading or for writing.
@@ -246,10 +248,14 @@ impl Snapshot {
     #[must_use]
     pub fn of(sample: &Sample) -> Self {
         let mut images: Vec<Image> = sample.images.iter().map(|i| understand(i, sample)).collect();
+        let mut overlays: HashMap<FileId, usize> = HashMap::new();
+        let below = sample.images.iter().filter_map(|i| i.backing.as_ref()?.file);
+        below.for_each(|file| *overlays.entry(file).or_default() += 1);
+        images.iter_mut().for_each(|i| i.overlays = overlays.get(&i.file).copied().unwrap_or_default());
         findings_between(&mut images);
         aliases(&mut images, &sample.images);
         let findings = findings_of_host(&mut images, sample);
-        let answered = |i: &ImageSample| matches!(i.answer, Answer::Bytes(_));
+        let answered = |i: &Arc<ImageSample>| matches!(i.answer, Answer::Bytes(_));
         Self {
             taken_at: sample.taken_at,
             host: sample.host.clone(),

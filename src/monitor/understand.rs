@@ -47,11 +47,7 @@ pub(super) fn understand(image: &ImageSample, sample: &Sample) -> Image {
         findings: Vec::new(),
         loop_devices: image.loop_devices.clone(),
         mounted_on: image.mounted_on.clone(),
-        overlays: sample
-            .images
-            .iter()
-            .filter(|i| i.backing.as_ref().is_some_and(|b| b.file == Some(image.file)))
-            .count(),
+        overlays: 0,
     };
     understood.findings = findings(&understood, image, sample);
     understood

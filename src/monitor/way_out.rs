@@ -81,7 +81,7 @@ fn after_refusal(snapshot: &Snapshot, image: &Image, operation: &Operation, refu
         };
         ways.push(format!("read along with {option}{caution}"));
     }
-    let mut processes: Vec<&ProcessFacts> = refused.holders.iter().map(|h| &h.process).collect();
+    let mut processes: Vec<&ProcessFacts> = refused.holders.iter().map(|h| &*h.process).collect();
     processes.dedup_by_key(|p| p.id);
     ways.extend(processes.iter().filter_map(|p| live(operation, image, p)));
     let on = escape_path(&refused.on_image);
@@ -117,7 +117,7 @@ fn after_refusal(snapshot: &Snapshot, image: &Image, operation: &Operation, refu
 /// Everybody who uses the image, each process once.
 fn users(image: &Image) -> impl Iterator<Item = &ProcessFacts> {
     let mut users: Vec<&ProcessFacts> =
-        image.holders.iter().map(|h: &Holder| &h.process).chain(image.openers.iter().map(|o| &o.process)).collect();
+        image.holders.iter().map(|h: &Holder| &*h.process).chain(image.openers.iter().map(|o| &*o.process)).collect();
     users.sort_by_key(|p| p.id);
     users.dedup_by_key(|p| p.id);
     users.into_iter()

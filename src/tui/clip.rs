@@ -27,8 +27,8 @@ pub fn clips(model: &Model) -> Vec<Clip> {
         Table::Images => {
             let Some(image) = model.selected_image() else { return clips };
             add("path".to_owned(), escape_path(&image.path).into_owned());
-            let holders = image.holders.iter().map(|h| &h.process);
-            let mut users: Vec<&ProcessFacts> = holders.chain(image.openers.iter().map(|o| &o.process)).collect();
+            let holders = image.holders.iter().map(|h| &*h.process);
+            let mut users: Vec<&ProcessFacts> = holders.chain(image.openers.iter().map(|o| &*o.process)).collect();
             users.dedup_by_key(|p| p.id);
             for process in users {
                 let (name, advice) = (short_process_name(process), advice(process));

@@ -226,7 +226,7 @@ impl Test {
 }
 
 fn processes(image: &Image) -> impl Iterator<Item = &ProcessFacts> {
-    image.holders.iter().map(|h| &h.process).chain(image.openers.iter().map(|o| &o.process))
+    image.holders.iter().map(|h| &*h.process).chain(image.openers.iter().map(|o| &*o.process))
 }
 
 #[cfg(test)]

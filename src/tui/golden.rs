@@ -267,7 +267,8 @@ fn golden_events() {
     let mut later = host();
     later.taken_at = at(3 * 86_400 + 4 * 3_600 + 5);
     let web = later.images.iter_mut().find(|i| i.path.ends_with("web01.qcow2")).unwrap();
-    *web = ImageSample { descriptors: vec![], answer: image("a", "-/-").answer, ..web.clone() };
+    let web = Arc::make_mut(web);
+    (web.descriptors, web.answer) = (vec![], image("a", "-/-").answer);
     later.deleted.push(DeletedImage { path: "/images/old.raw".into(), descriptor: holds(4242, "cw/w") });
     update(&mut model, Msg::Snapshot(Arc::new(Snapshot::of(&later))));
     update(&mut model, Msg::Gap(Gap::anywhere("the kernel's queue of file events overflowed")));
@@ -333,13 +334,10 @@ fn with_own_lock() -> Model {
     let mut later = host();
     let image = later.images.iter_mut().find(|i| i.path.ends_with("日本語-disk.raw")).unwrap();
     let sampled = crate::monitor::examples::image("x", "cw/w");
-    *image = ImageSample {
-        answer: sampled.answer,
-        table_rows: sampled.table_rows,
-        descriptors: vec![holds(500, "cw/w")],
-        ..image.clone()
-    };
-    later.processes.insert(500, process(500, "qlock-top", None));
+    let image = Arc::make_mut(image);
+    (image.answer, image.table_rows) = (sampled.answer, sampled.table_rows);
+    image.descriptors = vec![holds(500, "cw/w")];
+    later.processes.insert(500, Arc::new(process(500, "qlock-top", None)));
     later.taken_by = 500;
     let key = model.selected.clone().unwrap();
     update(&mut model, Msg::Snapshot(Arc::new(Snapshot::of(&later))));

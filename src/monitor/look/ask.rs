@@ -19,7 +19,7 @@ use crate::image::header::{self, Header};
 use crate::image::watch::ImageWatch;
 use crate::linux::identity::{FileId, FileKind, FileStatus};
 use crate::linux::lock_table::LockRecord;
-use crate::linux::mounts::Mount;
+use crate::linux::mounts::{Mount, Reach};
 use crate::linux::probe::{self, Asker, OpenError};
 use crate::linux::storage::Lane;
 
@@ -32,6 +32,9 @@ pub(super) struct KnownHeader {
 
 /// A guest writes all the time and changes the modification time with it; its header is read again this often.
 const HEADER_AGE: Duration = Duration::from_secs(5);
+
+/// So many questions at once that their events are many.
+const MANY: usize = 16;
 
 /// How one image answered.
 #[derive(Debug)]
@@ -82,9 +85,54 @@ impl KnownHeader {
     }
 }
 
+/// An image about which nothing hints at a change is asked within this time, some of them at each tick.
+const ROUND: Duration = Duration::from_secs(5);
+/// So many are asked at each tick in any case: on most hosts that is all of them.
+const LEAST_TURN: usize = 100;
+
 impl Looker {
-    /// Asks each of `targets` about its bytes; one that has gone is taken off the list.
-    pub(super) fn ask(&mut self, targets: &mut Vec<Arc<Entry>>) {
+    /// What is to be asked at a tick: everything about which somebody may have changed something, and some of the others
+    /// in turn.
+    pub(super) fn due(&mut self) -> Vec<Arc<Entry>> {
+        let touched = std::mem::take(&mut self.touched);
+        let (since, start) = self.turn;
+        let all = self.entries.len();
+        let share = all as f64 * since.elapsed().as_secs_f64() / ROUND.as_secs_f64();
+        let count = LEAST_TURN.max(share.ceil() as usize).min(all);
+        self.turn = (Instant::now(), if all == 0 { 0 } else { (start + count) % all });
+        let in_turn = |i: usize| (i + all - start.min(all)) % all < count;
+        let watch = self.watch.as_ref().filter(|_| self.resting_until.is_none());
+        // Images of one directory stand together.
+        let mut directory: (Option<&Path>, bool) = (None, false);
+        let mut due = Vec::new();
+        for (i, entry) in self.entries.iter().enumerate() {
+            let parent = entry.resolved.parent();
+            if directory.0 != parent {
+                directory = (parent, watch.zip(parent).is_some_and(|(watch, parent)| watch.watches(parent)));
+            }
+            let is_watched = directory.1 || watch.is_some_and(|watch| watch.watches(&entry.resolved));
+            let must = in_turn(i) || touched.contains(&entry.resolved);
+            if must || !is_watched || !self.would_be_hinted_at(entry) {
+                due.push(Arc::clone(entry));
+            }
+        }
+        due
+    }
+
+    /// Whether nobody can have taken or dropped a lock on it without a word: a lock on a local file is in the table of this
+    /// kernel, and the table says what it said when the image was asked last.
+    fn would_be_hinted_at(&self, entry: &Entry) -> bool {
+        let Some(image) = self.images.get(&entry.resolved) else { return false };
+        let local = image.mount.as_ref().is_some_and(|m| m.reach == Reach::Local);
+        let asked = matches!(image.answer, Answer::Bytes(_)) && image.file == entry.status.id;
+        let same_rows = self.compared == Some(self.table.version()) || !self.has_other_rows(&entry.resolved);
+        local && asked && image.rows_certain && same_rows
+    }
+
+    /// Asks each of `targets` about its bytes; one that has gone is taken off the list. Returns the files that answer
+    /// otherwise than before, or have other rows in the table.
+    pub(super) fn ask(&mut self, targets: &mut Vec<Arc<Entry>>) -> HashSet<FileId> {
+        let mut changed = HashSet::new();
         let mut lanes: HashMap<&Path, Lane> = HashMap::new();
         let mut questions = Vec::with_capacity(targets.len());
         for entry in &*targets {
@@ -93,8 +141,12 @@ impl Looker {
             questions.push((lane, (Arc::clone(entry), self.headers.get(&entry.resolved).cloned())));
         }
         let watch = self.watch.clone();
+        // For a few questions it is not worth having anybody wait.
+        let events = self.watch.clone().filter(|_| targets.len() >= MANY);
+        let events = events.as_ref().map(ImageWatch::hold_back);
         let ask = move |(entry, known): (Arc<Entry>, Option<Arc<KnownHeader>>)| ask_one(&entry, known, watch.as_ref());
         let mut replies = self.storage.answers(questions, ask).into_iter();
+        drop(events);
         targets.retain(|entry| {
             let image = match replies.next() {
                 Some(Ok(Reply::Answered { status, header, answer })) => {
@@ -112,10 +164,17 @@ impl Looker {
                 Some(Err(stuck_for)) => self.stalled(entry, stuck_for),
                 None => self.stalled(entry, Duration::ZERO),
             };
+            let before = self.images.get(&entry.resolved);
+            let same =
+                |b: &ImageSample| (b.file, &b.answer, &b.table_rows) == (image.file, &image.answer, &image.table_rows);
+            if !before.is_some_and(same) {
+                changed.insert(image.file);
+            }
             self.images.insert(entry.resolved.clone(), image);
             true
         });
         self.find_backings(targets);
+        changed
     }
 
     /// An image that does not answer is shown as it was known, but for its bytes.
@@ -140,12 +199,7 @@ impl Looker {
     ///
     /// Rows that were found by the superblock's device may be about another of its files: then they are not certain.
     pub(super) fn rows_of(&self, file: FileId, mount: Option<&Mount>) -> (&[LockRecord], bool) {
-        let rows = |device| {
-            let file = Some(FileId { device, inode: file.inode });
-            let start = self.table.partition_point(|r| r.file < file);
-            let length = self.table[start..].partition_point(|r| r.file == file);
-            &self.table[start..start + length]
-        };
+        let rows = |device| self.table.rows(FileId { device, inode: file.inode });
         match mount {
             Some(mount) if mount.lock_device != file.device => {
                 let by_statx = rows(file.device);

@@ -4,7 +4,8 @@
 //! search goes deeper, and before a lock is called ownerless it is asked once more whether it is there at all.
 
 use std::collections::{HashMap, HashSet};
-use std::path::Path;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,26 +13,31 @@ use super::super::sample::{Answer, ImageSample};
 use super::super::search::Depth;
 use super::Looker;
 use crate::image::catalog::Entry;
+use crate::image::watch::Touched;
 use crate::linux::descriptors::{OpenDescriptor, OpenMode};
 use crate::linux::identity::FileId;
 use crate::linux::lock_table::{LockKind, LockRecord};
 use crate::linux::probe::BytesFound;
 use crate::protocol::LockByte;
 
-/// When everything was last walked, and what for.
+/// Whether everything has been walked, how long that took, and what it was for.
 #[derive(Default)]
 pub(super) struct Walks {
-    last: Option<Instant>,
+    done: bool,
     cost: Duration,
     /// The locks that a whole walk could not explain, and when: the same ones are not walked for at every look.
     in_vain: HashMap<FileId, (Instant, Answer, Vec<LockRecord>)>,
-    /// The rows and the descriptors that last fitted together.
-    explained: HashMap<FileId, (usize, Vec<OpenDescriptor>)>,
+    /// When it is next looked whether somebody has opened or received something, as long as there are such.
+    recount_at: Option<Instant>,
+    /// How many rows last fitted to which descriptors (their hash).
+    explained: HashMap<FileId, (usize, u64)>,
 }
 
-/// Whole walks for openers without a lock, and for locks that the last walk did not explain, take at most this part of
-/// one core.
+/// Whole walks for locks that the last walk did not explain take at most this part of the time.
 const WALK_SHARE: u32 = 100;
+
+/// To count everybody's descriptors costs less than to look at them.
+const RECOUNT_PAUSE: Duration = Duration::from_secs(1);
 
 const WALK_PAUSE: Duration = Duration::from_secs(10);
 
@@ -44,13 +50,37 @@ const CLOSING: Duration = Duration::from_millis(5);
 /// A program opens an image a few milliseconds before it locks it. Who has it open for longer without a lock means to.
 const OPENING: Duration = Duration::from_millis(25);
 
+/// Opens that inotify has told of, until a descriptor is found for each.
+#[derive(Default)]
+pub(super) struct Opens {
+    /// For each resolved path: how many descriptors were known before, and when that was.
+    waiting: HashMap<PathBuf, (usize, Instant)>,
+    walked_at: Option<Instant>,
+}
+
+/// Whether an open has an opener.
+pub(super) enum Unexplained {
+    None,
+    /// No new process has it: one that was there before, and has more descriptors than before.
+    Young,
+    /// None of those either.
+    Old,
+}
+
+/// Whoever opened it and was started for that has been seen by then.
+const PROCESS_SHOWS_WITHIN: Duration = Duration::from_millis(5);
+
+/// Whoever opens a file and closes another meanwhile has as many descriptors as before, and is looked for only when this
+/// time has not brought anything to light.
+const OPEN_SHOWS_WITHIN: Duration = Duration::from_millis(150);
+
 impl Walks {
-    /// Whether it is time to walk everything though nothing but time asks for it.
-    pub(super) fn is_due(&self) -> bool {
-        self.last.is_none_or(|at| at.elapsed() > self.pause())
+    /// Whether nobody knows yet who has what open.
+    pub(super) fn is_first(&self) -> bool {
+        !self.done
     }
 
-    /// The time between two whole walks that nothing but time asks for.
+    /// The time between two whole walks for the same lock.
     fn pause(&self) -> Duration {
         WALK_PAUSE.max(self.cost * WALK_SHARE)
     }
@@ -61,10 +91,24 @@ impl Looker {
     ///
     /// Of every image, not of those alone that were just asked: a process that has ended or gone on leaves others without
     /// a holder, too.
-    pub(super) fn explain(&mut self, wanted: &Arc<HashSet<FileId>>) {
-        // Taken out while it is gone through: nearly always nothing is open, and nothing need be copied.
+    /// Nothing but `changed`, and what has other descriptors than before, can need it.
+    pub(super) fn explain(&mut self, changed: &HashSet<FileId>, wanted: &Arc<HashSet<FileId>>) {
+        if !self.walks.in_vain.is_empty() && self.walks.recount_at.is_none_or(|at| Instant::now() >= at) {
+            // A descriptor in flight arrives without a word.
+            let started = Instant::now();
+            self.scan(&Depth::Changed, wanted);
+            let pause = RECOUNT_PAUSE.max(started.elapsed() * WALK_SHARE);
+            self.walks.recount_at = Some(Instant::now() + pause);
+        }
+        let mut altered = self.search.take_altered();
+        altered.extend(changed);
+        altered.extend(self.walks.in_vain.keys());
+        if altered.is_empty() {
+            return;
+        }
         let entries = std::mem::take(&mut self.entries);
-        let mut open: Vec<Arc<Entry>> = entries.iter().filter(|e| self.is_open(e)).cloned().collect();
+        let is_altered = |e: &&Arc<Entry>| self.images.get(&e.resolved).is_some_and(|i| altered.contains(&i.file));
+        let mut open: Vec<Arc<Entry>> = entries.iter().filter(is_altered).cloned().collect();
         self.entries = entries;
         for attempt in 0..ATTEMPTS {
             open.retain(|e| self.is_open(e));
@@ -72,16 +116,18 @@ impl Looker {
                 return;
             }
             if attempt == 0 {
-                self.scan(Depth::Changed, wanted);
+                self.scan(&Depth::Changed, wanted);
             } else {
-                self.walk_all(wanted);
+                // What the kernel names is enough to find a holder, and not to say that there is none.
+                self.walk_all(wanted, attempt == 1);
                 // A process that ends has no descriptors any more while the kernel still closes them one by one, and
                 // nothing tells when it has done.
                 std::thread::sleep(CLOSING);
+                self.slept += CLOSING;
             }
             // It may be gone by now, or the table may have missed a row.
             self.read_table();
-            self.ask(&mut open);
+            let _ = self.ask(&mut open);
             self.search.refresh(&self.ids(&open));
         }
         open.retain(|e| !self.is_explained(&e.resolved));
@@ -135,20 +181,70 @@ impl Looker {
             self.walks.explained.remove(&image.file);
             self.walks.in_vain.remove(&image.file);
         } else if explained {
-            let holders = descriptors.iter().filter(|d| !d.locks.is_empty()).cloned().collect();
-            self.walks.explained.insert(image.file, (rows.len(), holders));
+            self.walks.explained.insert(image.file, (rows.len(), hash_of_holders(descriptors)));
             self.walks.in_vain.remove(&image.file);
         }
         explained
     }
 
-    pub(super) fn walk_all(&mut self, wanted: &Arc<HashSet<FileId>>) {
+    /// Remembers what was opened, so that whoever did is found.
+    pub fn expect_openers(&mut self, touched: &Touched) {
+        for (path, balance) in &touched.balance {
+            let Some(image) = self.images.get(path) else { continue };
+            let known = self.search.descriptors(image.file).len();
+            if *balance > 0 {
+                self.opens.waiting.entry(path.clone()).or_insert((known, Instant::now()));
+            } else {
+                self.opens.waiting.remove(path);
+            }
+        }
+    }
+
+    /// Whether one of `files` was opened by somebody who has not been found.
+    pub(super) fn unexplained_opens(&mut self, files: &HashSet<PathBuf>) -> Unexplained {
+        let (mut unexplained, mut young) = (false, false);
+        for path in files {
+            let Some((before, since)) = self.opens.waiting.get(path).copied() else { continue };
+            let known = self.images.get(path).map_or(0, |i| self.search.descriptors(i.file).len());
+            let late = since.elapsed() > OPEN_SHOWS_WITHIN;
+            if known > before || late {
+                self.opens.waiting.remove(path);
+            }
+            unexplained |= known <= before && late;
+            young |= known <= before && since.elapsed() > PROCESS_SHOWS_WITHIN;
+        }
+        let pause = self.walks.cost * WALK_SHARE;
+        let rested = self.opens.walked_at.is_none_or(|at| at.elapsed() > pause);
+        if unexplained && rested {
+            self.opens.walked_at = Some(Instant::now());
+        }
+        match (unexplained && rested, young) {
+            (true, _) => Unexplained::Old,
+            (false, true) => Unexplained::Young,
+            (false, false) => Unexplained::None,
+        }
+    }
+
+    /// Walks all processes; `quickly` if possible, which leaves out descriptors that move meanwhile.
+    pub(super) fn walk_all(&mut self, wanted: &Arc<HashSet<FileId>>, quickly: bool) {
         let started = Instant::now();
-        self.scan(Depth::All, wanted);
+        let numbers = if quickly { self.kernel_numbers() } else { None };
+        self.scan(&numbers.map_or(Depth::All, Depth::Named), wanted);
         self.walks.cost = started.elapsed();
-        self.walks.last = Some(Instant::now());
+        self.walks.done = true;
         self.walks.in_vain.retain(|file, _| wanted.contains(file));
         self.walks.explained.retain(|file, _| wanted.contains(file));
+    }
+
+    /// The numbers by which the kernel itself knows the images; `None` where it may know one of them by others.
+    fn kernel_numbers(&self) -> Option<HashSet<FileId>> {
+        /// Whose inode numbers are those of statx(2). Of overlayfs and FUSE that is so only under conditions.
+        const SAME: [&str; 9] = ["ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "devtmpfs", "nfs4"];
+        let number = |image: &ImageSample| {
+            let mount = image.mount.as_deref().filter(|m| SAME.contains(&m.kind.as_str()))?;
+            Some(FileId { device: mount.lock_device, ..image.file })
+        };
+        self.images.values().map(number).collect()
     }
 
     /// Has each new writer without a lock seen twice: one that is about to lock, or is being refused, is no danger.
@@ -160,6 +256,7 @@ impl Looker {
         let new: HashSet<FileId> = all.iter().filter(|d| !self.confirmed.contains(*d)).map(|d| d.file).collect();
         if !new.is_empty() {
             std::thread::sleep(OPENING);
+            self.slept += OPENING;
             self.search.refresh(&new);
         }
         let now = files.iter().flat_map(|f| self.search.descriptors(*f)).filter(unlocked);
@@ -167,12 +264,18 @@ impl Looker {
     }
 }
 
+fn hash_of_holders(descriptors: &[OpenDescriptor]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    descriptors.iter().filter(|d| !d.locks.is_empty()).for_each(|d| d.hash(&mut hasher));
+    hasher.finish()
+}
+
 /// Whether what GETLK found, what descriptors hold and what the table lists tell the same story.
 fn fits(
     found: &BytesFound,
     descriptors: &[OpenDescriptor],
     rows: &[LockRecord],
-    before: Option<&(usize, Vec<OpenDescriptor>)>,
+    before: Option<&(usize, u64)>,
 ) -> bool {
     let counts = |r: &&LockRecord| r.counts();
     let held =
@@ -200,8 +303,5 @@ fn fits(
     }
     // Several descriptors may share one description: then they are more than the rows, and could hide another owner. New
     // rows with the same holders as before mean just that.
-    let unchanged = |(_, holders): &(usize, Vec<OpenDescriptor>)| {
-        holders.iter().eq(descriptors.iter().filter(|d| !d.locks.is_empty()))
-    };
-    !before.is_some_and(|b| rows.len() > b.0 && unchanged(b))
+    !before.is_some_and(|(count, holders)| rows.len() > *count && *holders == hash_of_holders(descriptors))
 }

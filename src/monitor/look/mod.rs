@@ -12,12 +12,12 @@ mod surroundings;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
 use ask::KnownHeader;
-use explain::Walks;
+use explain::{Opens, Unexplained, Walks};
 use surroundings::{KnownBacking, LoopFiles};
 
 use super::sample::{DeletedImage, ImageSample, Sample};
@@ -26,7 +26,7 @@ use crate::image::catalog::{Catalog, CatalogError, Entry};
 use crate::image::watch::ImageWatch;
 use crate::linux::descriptors::{OpenDescriptor, OpenMode};
 use crate::linux::identity::FileId;
-use crate::linux::lock_table::{self, LockRecord};
+use crate::linux::lock_table::LockTable;
 use crate::linux::process::ProcessFacts;
 use crate::linux::storage::Storage;
 use crate::linux::{ReadError, Roots, process};
@@ -59,6 +59,13 @@ pub struct Looker {
     watch: Option<ImageWatch>,
     watched_ids: BTreeMap<PathBuf, FileId>,
     unwatched: Vec<String>,
+    /// Resolved paths of images that somebody opened or closed since the last tick.
+    touched: HashSet<PathBuf>,
+    opens: Opens,
+    /// How long this look has slept, at no cost to anybody.
+    slept: Duration,
+    /// The first of those that are asked in turn at the next tick, and when it was set.
+    turn: (Instant, usize),
     /// What could not be watched, and whether it is a directory.
     failed: Vec<(PathBuf, bool)>,
     resting_until: Option<Instant>,
@@ -66,7 +73,10 @@ pub struct Looker {
     search: Search,
     host: String,
     entries: Vec<Arc<Entry>>,
+    /// By resolved path, without what stands around each.
     images: HashMap<PathBuf, ImageSample>,
+    /// The images of the last sample.
+    shown: Vec<Arc<ImageSample>>,
     headers: HashMap<PathBuf, Arc<KnownHeader>>,
     backings: HashMap<PathBuf, KnownBacking>,
     loop_files: LoopFiles,
@@ -74,8 +84,9 @@ pub struct Looker {
     mapped: HashMap<FileId, Vec<i32>>,
     /// For images on an overlay file system: the file of the layer that each is.
     layers: HashMap<PathBuf, Option<FileId>>,
-    table: Vec<LockRecord>,
-    buffer: Vec<u8>,
+    table: LockTable,
+    /// The table's version that says of no image anything else than is known.
+    compared: Option<u64>,
     troubles: Vec<String>,
     walks: Walks,
     /// Writers without a lock that have been seen for long enough.
@@ -105,19 +116,24 @@ impl Looker {
             watch,
             watched_ids: BTreeMap::new(),
             unwatched: Vec::new(),
+            touched: HashSet::new(),
+            opens: Opens::default(),
+            slept: Duration::ZERO,
+            turn: (Instant::now(), 0),
             failed: Vec::new(),
             resting_until: None,
             storage,
             host,
             entries: Vec::new(),
             images: HashMap::new(),
+            shown: Vec::new(),
             headers: HashMap::new(),
             backings: HashMap::new(),
             loop_files: LoopFiles::default(),
             layers: HashMap::new(),
             mapped: HashMap::new(),
-            table: Vec::new(),
-            buffer: Vec::new(),
+            table: LockTable::default(),
+            compared: None,
             troubles: Vec::new(),
             walks: Walks::default(),
             confirmed: HashSet::new(),
@@ -137,6 +153,7 @@ impl Looker {
     /// do not wake each other for ever.
     pub fn look_at_touched(&mut self, files: &HashSet<PathBuf>) -> Sample {
         self.read_table();
+        self.touched.extend(files.iter().cloned());
         let changed: HashSet<PathBuf> = files.iter().filter(|f| self.has_other_rows(f)).cloned().collect();
         if !changed.is_empty() {
             return self.look(Scope::Files(&changed));
@@ -144,14 +161,25 @@ impl Looker {
         let wanted: Arc<HashSet<FileId>> = Arc::new(self.images.values().map(|i| i.file).collect());
         let touched: HashSet<FileId> = files.iter().filter_map(|f| self.images.get(f)).map(|i| i.file).collect();
         self.search.refresh(&touched);
-        self.scan(Depth::Changed, &wanted);
-        self.explain(&wanted);
+        // Most often it is a program that was just started.
+        self.scan(&Depth::New, &wanted);
+        match self.unexplained_opens(files) {
+            Unexplained::None => {}
+            Unexplained::Young => self.scan(&Depth::Changed, &wanted),
+            Unexplained::Old => self.walk_all(&wanted, true),
+        }
+        self.explain(&HashSet::new(), &wanted);
         self.sample()
     }
 
-    fn has_other_rows(&self, resolved: &Path) -> bool {
+    pub(super) fn has_other_rows(&self, resolved: &Path) -> bool {
         let known = |image: &ImageSample| self.rows_of(image.file, image.mount.as_deref()).0 == image.table_rows;
         self.images.get(resolved).is_some_and(|image| !known(image))
+    }
+
+    /// How much of the looks since this was last asked was spent sleeping.
+    pub fn take_slept(&mut self) -> Duration {
+        std::mem::take(&mut self.slept)
     }
 
     /// The path under which a resolved path is shown.
@@ -181,7 +209,12 @@ impl Looker {
             self.take_listing();
         }
         self.read_table();
-        let files = self.images.keys().filter(|path| self.has_other_rows(path)).cloned().collect();
+        let version = Some(self.table.version());
+        let mut files = HashSet::new();
+        if self.compared != version {
+            files = self.images.keys().filter(|path| self.has_other_rows(path)).cloned().collect();
+            self.compared = version.filter(|_| files.is_empty());
+        }
         Hint { listing, files, recovered }
     }
 
@@ -202,22 +235,24 @@ impl Looker {
             });
             self.unwatched.extend(replaced);
         }
+        self.read_table();
         let mut targets: Vec<Arc<Entry>> = match scope {
-            Scope::Everything => self.entries.clone(),
+            Scope::Everything => self.due(),
             Scope::Files(paths) => self.entries.iter().filter(|e| paths.contains(&e.resolved)).cloned().collect(),
         };
-        self.read_table();
-        self.ask(&mut targets);
+        let changed = self.ask(&mut targets);
         let wanted: Arc<HashSet<FileId>> = Arc::new(self.images.values().map(|i| i.file).collect());
         self.search.keep_only(&wanted);
-        self.search.refresh(&self.ids(&targets));
-        // Somebody opened the files: who that was shows in the number of its descriptors, lock or no lock.
         match scope {
-            _ if self.walks.is_due() => self.walk_all(&wanted),
-            Scope::Everything => self.scan(Depth::New, &wanted),
-            Scope::Files(_) => self.scan(Depth::Changed, &wanted),
+            Scope::Everything => self.search.refresh_in_turn(&changed),
+            Scope::Files(_) => self.search.refresh(&self.ids(&targets)),
         }
-        self.explain(&wanted);
+        match scope {
+            _ if self.walks.is_first() => self.walk_all(&wanted, true),
+            Scope::Everything => self.scan(&Depth::InTurn, &wanted),
+            Scope::Files(_) => self.scan(&Depth::New, &wanted),
+        }
+        self.explain(&changed, &wanted);
         if let Scope::Everything = scope {
             self.loop_files.forget();
             self.find_layers();
@@ -226,7 +261,7 @@ impl Looker {
         self.sample()
     }
 
-    fn scan(&mut self, depth: Depth, wanted: &Arc<HashSet<FileId>>) {
+    fn scan(&mut self, depth: &Depth, wanted: &Arc<HashSet<FileId>>) {
         let result = self.search.scan(depth, wanted);
         self.note(result);
     }
@@ -245,59 +280,38 @@ impl Looker {
     }
 
     fn read_table(&mut self) {
-        match lock_table::read_table(&self.roots, &mut self.buffer) {
-            Ok(lines) => {
-                if lines.bad_lines > 0 {
-                    let lines = crate::text::counted(lines.bad_lines as usize, "line", "lines");
-                    self.note_once(format!("{lines} of /proc/locks could not be understood: report this"));
-                }
-                self.table = lines.records;
-                // The table repeats in order; sorted rows can be found and compared.
-                self.table.sort_by_key(|r| (r.file, r.start, r.end, r.kind as u8, r.pid));
-            }
-            Err(error) => {
-                self.table.clear();
-                self.note(Err(error));
-            }
+        let read = self.table.refresh(&self.roots);
+        self.note(read);
+        if self.table.bad_lines() > 0 {
+            let lines = crate::text::counted(self.table.bad_lines() as usize, "line", "lines");
+            self.note_once(format!("{lines} of /proc/locks could not be understood: report this"));
         }
     }
 
     fn sample(&mut self) -> Sample {
         self.confirm_writers();
-        let mut images: Vec<ImageSample> = self
-            .entries
-            .iter()
-            .filter_map(|e| self.images.get(&e.resolved).map(|i| (e, i)))
-            .map(|(e, i)| {
-                // One file under two names is asked once and shown under both.
-                let backing = self.backing_of(&e.path, i.header.as_ref());
-                ImageSample { path: e.path.clone(), backing, ..i.clone() }
-            })
-            .collect();
         let loops = self.loop_devices();
         let mut deleted: Vec<DeletedImage> = self.search.deleted().to_vec();
         deleted.retain(|d| self.catalog.covers(&d.path));
         let mut pids: HashSet<i32> = deleted.iter().map(|d| d.descriptor.pid).collect();
-        for image in &mut images {
-            // Our own output may lie among the images; our own locks are shown.
-            let other = |d: &&OpenDescriptor| d.pid != self.own_pid || !d.locks.is_empty();
-            image.descriptors = self.search.descriptors(image.file).iter().filter(other).cloned().collect();
+        for image in self.images.values() {
             let certain = image.table_rows.iter().filter(|_| image.rows_certain);
-            let owners = certain.filter_map(|r| i32::try_from(r.pid).ok()).filter(|pid| *pid > 0);
-            pids.extend(image.descriptors.iter().map(|d| d.pid).chain(owners));
-            image.mapped_by = self.mapped.get(&image.file).cloned().unwrap_or_default();
-            pids.extend(&image.mapped_by);
+            pids.extend(certain.filter_map(|r| i32::try_from(r.pid).ok()).filter(|pid| *pid > 0));
+            pids.extend(self.users(image.file).map(|d| d.pid));
+            pids.extend(self.mapped_by(image.file));
         }
         self.search.learn(&pids);
-        let processes: BTreeMap<i32, ProcessFacts> =
-            pids.iter().filter_map(|pid| self.search.facts(*pid).map(|f| (*pid, f.clone()))).collect();
-        for image in &mut images {
-            image.descriptors.retain(|d| processes.contains_key(&d.pid));
-            let mount = image.device.and_then(|d| self.storage.mounts()?.on_device(d, &image.resolved));
-            image.mounted_on = mount.map(|m| m.point.clone());
-            image.layer = self.layers.get(&image.resolved).copied().flatten();
-            image.loop_devices = loops.iter().filter(|(file, _)| *file == image.file).map(|(_, d)| d.clone()).collect();
+        let processes: BTreeMap<i32, Arc<ProcessFacts>> =
+            pids.iter().filter_map(|pid| self.search.facts(*pid).map(|f| (*pid, Arc::clone(f)))).collect();
+        let before = std::mem::take(&mut self.shown);
+        let mut images: Vec<Arc<ImageSample>> = Vec::with_capacity(before.len());
+        for entry in &self.entries {
+            // One file under two names is asked once and shown under both.
+            let Some(image) = self.images.get(&entry.resolved) else { continue };
+            let before = before.get(images.len()).filter(|b| b.path == entry.path);
+            images.push(self.show(entry, image, before, &loops, &processes));
         }
+        self.shown.clone_from(&images);
         deleted.retain(|d| processes.contains_key(&d.descriptor.pid));
         let proc_options = self.storage.mounts().and_then(|m| m.at(&self.roots.proc)).map(|m| m.options.clone());
         let mut troubles = self.catalog.troubles().to_vec();
@@ -313,5 +327,55 @@ impl Looker {
             troubles,
             deleted,
         }
+    }
+
+    /// Who has a file open. Our own output may lie among the images; our own locks are shown.
+    fn users(&self, file: FileId) -> impl Iterator<Item = &OpenDescriptor> {
+        let other = |d: &&OpenDescriptor| d.pid != self.own_pid || !d.locks.is_empty();
+        self.search.descriptors(file).iter().filter(other)
+    }
+
+    fn mapped_by(&self, file: FileId) -> &[i32] {
+        self.mapped.get(&file).map_or(&[], Vec::as_slice)
+    }
+
+    /// What is known of `image` with all that stands around it; `before` where that says the same.
+    fn show(
+        &self,
+        entry: &Entry,
+        image: &ImageSample,
+        before: Option<&Arc<ImageSample>>,
+        loops: &[(FileId, String)],
+        processes: &BTreeMap<i32, Arc<ProcessFacts>>,
+    ) -> Arc<ImageSample> {
+        let descriptors = || self.users(image.file).filter(|d| processes.contains_key(&d.pid));
+        let backing = self.backing_of(&entry.path, image.header.as_ref());
+        let mapped_by = self.mapped_by(image.file);
+        let mounted_on = image.device.and_then(|d| self.storage.mounts()?.on_device(d, &image.resolved));
+        let mounted_on = mounted_on.map(|m| &m.point);
+        let layer = self.layers.get(&image.resolved).copied().flatten();
+        let loop_devices = || loops.iter().filter(|(file, _)| *file == image.file).map(|(_, device)| device);
+        let says_the_same = |b: &&Arc<ImageSample>| {
+            b.was_asked_the_same(image)
+                && b.descriptors.iter().eq(descriptors())
+                && b.backing == backing
+                && b.mapped_by == mapped_by
+                && b.mounted_on.as_ref() == mounted_on
+                && b.layer == layer
+                && b.loop_devices.iter().eq(loop_devices())
+        };
+        if let Some(before) = before.filter(says_the_same) {
+            return Arc::clone(before);
+        }
+        Arc::new(ImageSample {
+            path: entry.path.clone(),
+            backing,
+            descriptors: descriptors().cloned().collect(),
+            mapped_by: mapped_by.to_vec(),
+            mounted_on: mounted_on.cloned(),
+            layer,
+            loop_devices: loop_devices().cloned().collect(),
+            ..image.clone()
+        })
     }
 }
