@@ -28,8 +28,13 @@ impl Gap {
 
 /// Looks after an open: at the first event the lock is not there yet, QEMU opens an image two or three times before it
 /// locks.
-const LOOK_AGAIN: [Duration; 4] =
-    [Duration::ZERO, Duration::from_millis(10), Duration::from_millis(50), Duration::from_millis(200)];
+const LOOK_AGAIN: [Duration; 5] = [
+    Duration::ZERO,
+    Duration::from_millis(10),
+    Duration::from_millis(30),
+    Duration::from_millis(70),
+    Duration::from_millis(200),
+];
 /// After a look that took some time the next hurried one waits this many times as long: events take a fifth of a core at
 /// most, and half of one while looks are so slow that the wait would be felt.
 const REST: u32 = 4;
