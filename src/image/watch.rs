@@ -373,6 +373,28 @@ mod tests {
         )
     }
 
+    /// Two images in a watched directory.
+    struct Pair {
+        _directory: tempfile::TempDir,
+        ours: PathBuf,
+        theirs: PathBuf,
+        watch: ImageWatch,
+        woken: mpsc::Receiver<()>,
+    }
+
+    impl Pair {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let root = directory.path().canonicalize().unwrap();
+            let (ours, theirs) = (root.join("ours"), root.join("theirs"));
+            File::create(&ours).unwrap();
+            File::create(&theirs).unwrap();
+            let (watch, woken) = watch();
+            watch.add(&root, true).unwrap();
+            Self { _directory: directory, ours, theirs, watch, woken }
+        }
+    }
+
     /// Collects until `done` holds of everything that has come.
     fn wait_for(watch: &ImageWatch, woken: &mpsc::Receiver<()>, done: impl Fn(&Touched) -> bool) -> Touched {
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -392,13 +414,7 @@ mod tests {
 
     #[test]
     fn an_open_by_somebody_else_is_told_and_our_own_is_not() {
-        let dir = tempfile::tempdir().unwrap();
-        let root = dir.path().canonicalize().unwrap();
-        let (ours, theirs) = (root.join("ours"), root.join("theirs"));
-        File::create(&ours).unwrap();
-        File::create(&theirs).unwrap();
-        let (watch, woken) = watch();
-        watch.add(&root, true).unwrap();
+        let Pair { _directory, ours, theirs, watch, woken } = Pair::new();
         for _ in 0..3 {
             watch.announce(&ours);
             drop(File::open(&ours).unwrap());
@@ -448,13 +464,7 @@ mod tests {
 
     #[test]
     fn events_wait_while_we_ask_and_none_is_lost() {
-        let dir = tempfile::tempdir().unwrap();
-        let root = dir.path().canonicalize().unwrap();
-        let (ours, theirs) = (root.join("ours"), root.join("theirs"));
-        File::create(&ours).unwrap();
-        File::create(&theirs).unwrap();
-        let (watch, woken) = watch();
-        watch.add(&root, true).unwrap();
+        let Pair { _directory, ours, theirs, watch, woken } = Pair::new();
         let held_back = watch.hold_back();
         watch.announce(&ours);
         drop(File::open(&ours).unwrap());

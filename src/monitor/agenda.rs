@@ -48,6 +48,13 @@ pub(super) fn rest_after(look: Duration) -> Duration {
     (look * REST).min(LONGEST_REST.max(look)).max(SHORTEST_REST)
 }
 
+/// How many of `all` are to be looked at now, if each is to have its turn within `round`, and at least `least` of them have
+/// it each time. `since` is how long ago the last ones had theirs.
+pub(super) fn share_in_turn(all: usize, since: Duration, round: Duration, least: usize) -> usize {
+    let share = all as f64 * since.as_secs_f64() / round.as_secs_f64();
+    least.max(share.ceil() as usize)
+}
+
 /// What is to be looked at, and when.
 pub(super) struct Agenda {
     pub(super) tick: Instant,
@@ -136,6 +143,13 @@ mod tests {
     fn the_rest_after_a_look_is_long_enough_and_not_felt() {
         let rest = |millis| rest_after(Duration::from_millis(millis)).as_millis();
         assert_eq!([rest(0), rest(1), rest(10), rest(100), rest(1000)], [5, 5, 40, 150, 1000]);
+    }
+
+    #[test]
+    fn a_share_brings_everybody_their_turn_within_a_round() {
+        let share = |all, since| share_in_turn(all, Duration::from_secs(since), Duration::from_secs(5), 100);
+        assert_eq!([share(50, 1), share(1000, 0), share(1000, 1), share(1001, 1)], [100, 100, 200, 201]);
+        assert!(share(1000, 3600) >= 1000);
     }
 
     #[test]

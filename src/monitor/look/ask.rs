@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use nix::errno::Errno;
 
+use super::super::agenda::share_in_turn;
 use super::super::sample::{Answer, ImageSample};
 use super::Looker;
 use crate::image::catalog::Entry;
@@ -97,8 +98,7 @@ impl Looker {
         let touched = std::mem::take(&mut self.touched);
         let (since, start) = self.turn;
         let all = self.entries.len();
-        let share = all as f64 * since.elapsed().as_secs_f64() / ROUND.as_secs_f64();
-        let count = LEAST_TURN.max(share.ceil() as usize).min(all);
+        let count = share_in_turn(all, since.elapsed(), ROUND, LEAST_TURN).min(all);
         self.turn = (Instant::now(), if all == 0 { 0 } else { (start + count) % all });
         let in_turn = |i: usize| (i + all - start.min(all)) % all < count;
         let watch = self.watch.as_ref().filter(|_| self.resting_until.is_none());

@@ -12,6 +12,7 @@ use super::{Search, matters};
 use crate::linux::descriptors::{self, OpenDescriptor};
 use crate::linux::identity::FileId;
 use crate::linux::process::{self, Brief, ProcessFacts};
+use crate::monitor::agenda::share_in_turn;
 use crate::monitor::sample::DeletedImage;
 
 /// The descriptors that lead to a file, all read at one time.
@@ -90,8 +91,7 @@ impl Search {
             self.known.iter().map(|(file, known)| (known.read_at, *file, known.descriptors.len())).collect();
         by_age.sort_unstable();
         let all: usize = by_age.iter().map(|(_, _, n)| n).sum();
-        let turn = all as f64 * self.turned_at.elapsed().as_secs_f64() / ROUND.as_secs_f64();
-        let turn = LEAST_TURN.max(turn.ceil() as usize);
+        let turn = share_in_turn(all, self.turned_at.elapsed(), ROUND, LEAST_TURN);
         self.turned_at = Instant::now();
         let mut count = 0;
         let due = by_age.into_iter().take_while(|(_, _, n)| {
