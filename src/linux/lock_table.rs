@@ -4,7 +4,7 @@
 //! `/proc/locks` is no snapshot: a read gives at most one page and the list may shift between reads, so that a row may be
 //! missing. It is a hint that something changed and never a proof that a byte is free. Asks only the file it is given.
 
-use std::io::Read;
+use std::io::{self, Read};
 
 use serde::{Deserialize, Serialize};
 
@@ -140,12 +140,37 @@ impl LockLines {
     }
 }
 
+/// Replaces `text` by what `source` says, and tells whether that is anything else. Compared while it is read: it may be
+/// long, and one copy of it is enough.
+fn read_into(mut source: impl Read, text: &mut Vec<u8>) -> io::Result<bool> {
+    // The kernel gives no more at once.
+    let mut page = [0; 4096];
+    let (mut so_far, mut changed) = (0, false);
+    loop {
+        match source.read(&mut page) {
+            Ok(0) => break,
+            Ok(length) => {
+                let new = &page[..length];
+                if changed || text.get(so_far..so_far + length) != Some(new) {
+                    text.truncate(so_far);
+                    text.extend_from_slice(new);
+                    changed = true;
+                }
+                so_far += length;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    changed |= text.len() > so_far;
+    text.truncate(so_far);
+    Ok(changed)
+}
+
 /// `/proc/locks` as it was read last. Most often it is as before, and then nothing is parsed.
 #[derive(Debug, Default)]
 pub struct LockTable {
     text: Vec<u8>,
-    /// Kept for the next reading.
-    spare: Vec<u8>,
     /// By file, range, kind and owner: the table repeats, in any order.
     records: Vec<LockRecord>,
     bad_lines: u32,
@@ -159,13 +184,9 @@ impl LockTable {
     /// When the file cannot be opened or read.
     pub fn refresh(&mut self, roots: &Roots) -> Result<(), ReadError> {
         let path = roots.proc.join("locks");
-        self.spare.clear();
-        let read = std::fs::File::open(&path).and_then(|mut f| f.read_to_end(&mut self.spare));
-        if read.is_err() {
-            self.spare.clear();
-        }
-        if self.spare != self.text || self.version == 0 {
-            std::mem::swap(&mut self.text, &mut self.spare);
+        let read = std::fs::File::open(&path).and_then(|file| read_into(file, &mut self.text));
+        let changed = read.as_ref().map_or_else(|_| !std::mem::take(&mut self.text).is_empty(), |changed| *changed);
+        if changed || self.version == 0 {
             let lines = parse_table(&String::from_utf8_lossy(&self.text));
             (self.records, self.bad_lines) = (lines.records, lines.bad_lines);
             self.records.sort_by_key(|r| (r.file, r.start, r.end, r.kind as u8, r.pid));
@@ -279,7 +300,28 @@ mod tests {
         assert!(table.rows(of).is_empty(), "what cannot be read is not remembered");
     }
 
+    #[test]
+    fn a_text_that_fails_while_it_is_read_is_an_error() {
+        struct Fails;
+        impl Read for Fails {
+            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+                Err(io::Error::from_raw_os_error(nix::libc::EIO))
+            }
+        }
+        let mut text = b"before".to_vec();
+        assert!(read_into(b"bef".chain(Fails), &mut text).is_err());
+    }
+
     proptest! {
+        #[test]
+        fn a_text_is_replaced_and_a_change_is_told(before in "[ab]{0,9}", now in "[ab]{0,9}", cut in 0usize..9) {
+            let mut text = before.clone().into_bytes();
+            // In two pieces, as from the kernel.
+            let (head, tail) = now.as_bytes().split_at(cut.min(now.len()));
+            prop_assert_eq!(read_into(head.chain(tail), &mut text).unwrap(), before != now);
+            prop_assert_eq!(text, now.into_bytes());
+        }
+
         #[test]
         fn no_line_makes_it_panic(line in "[ -~]{0,80}|\\PC{0,80}") {
             let _ = parse_line(&line);

@@ -44,7 +44,7 @@ const GAP_PAUSE: Duration = Duration::from_secs(1);
 const SHORTEST_REST: Duration = Duration::from_millis(5);
 
 /// How long to wait after a look before a hurried one.
-pub(super) fn rest_after(look: Duration) -> Duration {
+fn rest_after(look: Duration) -> Duration {
     (look * REST).min(LONGEST_REST.max(look)).max(SHORTEST_REST)
 }
 
@@ -58,12 +58,14 @@ pub(super) fn share_in_turn(all: usize, since: Duration, round: Duration, least:
 /// What is to be looked at, and when.
 pub(super) struct Agenda {
     pub(super) tick: Instant,
+    /// Whether the tick was brought forward by what others do.
+    hurried: bool,
     /// When the cheap question is asked next.
     pub(super) hint: Instant,
     /// Resolved paths that somebody touched, by the time at which they are to be looked at again.
     files: BTreeMap<Instant, HashSet<PathBuf>>,
     /// No hurried look before this.
-    pub(super) rested: Instant,
+    rested: Instant,
     /// What is to be told as a gap, and how often it happened.
     gaps: BTreeMap<Gap, u32>,
     /// The next time gaps are told: many of a kind are one line.
@@ -72,7 +74,15 @@ pub(super) struct Agenda {
 
 impl Agenda {
     pub(super) fn new(now: Instant) -> Self {
-        Self { tick: now, hint: now, files: BTreeMap::new(), rested: now, gaps: BTreeMap::new(), gaps_due: now }
+        Self {
+            tick: now,
+            hurried: false,
+            hint: now,
+            files: BTreeMap::new(),
+            rested: now,
+            gaps: BTreeMap::new(),
+            gaps_due: now,
+        }
     }
 
     pub(super) fn gap(&mut self, gap: Gap) {
@@ -99,7 +109,7 @@ impl Agenda {
             self.gap(Gap::anywhere("the kernel's queue of file events overflowed: everything is looked at again"));
         }
         if touched.lost || touched.listing {
-            self.tick = self.tick.min(now.max(self.rested));
+            self.hurry(now);
         }
         if !touched.files.is_empty() {
             for delay in LOOK_AGAIN {
@@ -108,10 +118,31 @@ impl Agenda {
         }
     }
 
+    /// Brings the tick forward.
+    fn hurry(&mut self, now: Instant) {
+        let at = now.max(self.rested);
+        if at < self.tick {
+            (self.tick, self.hurried) = (at, true);
+        }
+    }
+
+    /// A tick that started at `start` is over, and the next one is due in its time: never back to back, one that takes
+    /// long leaves as much time to others. Returns whether it was a hurried one.
+    pub(super) fn ticked(&mut self, start: Instant, interval: Duration) -> bool {
+        self.tick = (self.tick + interval).max(Instant::now() + start.elapsed());
+        std::mem::take(&mut self.hurried)
+    }
+
+    /// A hurried look has taken so much work. Ticks that come in their own time need no rest: whoever takes a lock just
+    /// then would wait for it.
+    pub(super) fn rest(&mut self, work: Duration) {
+        self.rested = Instant::now() + rest_after(work);
+    }
+
     /// What the cheap question found: locks can change without an open, and lists without inotify.
     pub(super) fn take_hint(&mut self, hint: Hint, now: Instant) {
         if hint.listing || hint.recovered {
-            self.tick = self.tick.min(now.max(self.rested));
+            self.hurry(now);
         }
         if !hint.files.is_empty() {
             self.files.entry(now).or_default().extend(hint.files);

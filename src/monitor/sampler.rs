@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
+use super::agenda::Agenda;
 pub use super::agenda::Gap;
-use super::agenda::{Agenda, rest_after};
 use super::look::{Looker, Scope};
 use super::sample::Sample;
 use super::snapshot::Snapshot;
@@ -237,7 +237,7 @@ impl Work {
         let mut agenda = Agenda::new(start);
         loop {
             let now = Instant::now();
-            let sample = if now >= agenda.tick {
+            let (sample, hurried) = if now >= agenda.tick {
                 let late = now - agenda.tick;
                 if late > self.interval.max(Duration::from_secs(1)) {
                     agenda.gap(Gap::anywhere(format!(
@@ -250,20 +250,20 @@ impl Work {
                 // same, and does not pile up.
                 let due = agenda.due(now);
                 let sample = if due.is_empty() { sample } else { self.looker.look_at_touched(&due) };
-                // Never back to back: a look that takes long leaves as much time to others.
-                agenda.tick = (agenda.tick + self.interval).max(Instant::now() + now.elapsed());
-                Some(sample)
+                (Some(sample), agenda.ticked(now, self.interval))
             } else {
                 if now >= agenda.hint {
                     agenda.take_hint(self.looker.hint(), now);
                     agenda.hint = Instant::now() + HINT_PAUSE.max(now.elapsed() * HINT_SHARE);
                 }
                 let due = agenda.due(now);
-                (!due.is_empty()).then(|| self.looker.look_at_touched(&due))
+                ((!due.is_empty()).then(|| self.looker.look_at_touched(&due)), true)
             };
             if let Some(sample) = sample {
                 let work = now.elapsed().saturating_sub(self.looker.take_slept());
-                agenda.rested = Instant::now() + rest_after(work);
+                if hurried {
+                    agenda.rest(work);
+                }
                 self.looker.take_unwatched().into_iter().for_each(|text| agenda.gap(Gap::anywhere(text)));
                 self.out.publish(sample, agenda.take_gaps());
             }

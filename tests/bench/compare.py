@@ -702,7 +702,8 @@ def measure_delay(table, population, options):
         return
     nominal = is_nominal(population.sizes)
     table.title("delay from a lock of qemu-io to the line of watch")
-    for interval, runs in ("10s", options.delay_runs), ("1h", max(options.delay_runs // 4, 10)):
+    fewer = max(options.delay_runs // 4, 10)
+    for interval, runs in ("10s", options.delay_runs), ("1s", fewer), ("1h", fewer):
         taken, dropped, lost = delays(population, interval, runs)
         for what, found in ("taken", taken), ("dropped", dropped):
             if not found:

@@ -165,12 +165,16 @@ impl Looker {
                 None => self.stalled(entry, Duration::ZERO),
             };
             let before = self.images.get(&entry.resolved);
-            let same =
-                |b: &ImageSample| (b.file, &b.answer, &b.table_rows) == (image.file, &image.answer, &image.table_rows);
+            if before.is_some_and(|b| **b == image) {
+                return true;
+            }
+            let same = |b: &Arc<ImageSample>| {
+                (b.file, &b.answer, &b.table_rows) == (image.file, &image.answer, &image.table_rows)
+            };
             if !before.is_some_and(same) {
                 changed.insert(image.file);
             }
-            self.images.insert(entry.resolved.clone(), image);
+            self.images.insert(entry.resolved.clone(), Arc::new(image));
             true
         });
         self.find_backings(targets);
@@ -188,7 +192,7 @@ impl Looker {
                     _ => since,
                 };
                 let table_rows = self.rows_of(image.file, image.mount.as_deref()).0.to_vec();
-                ImageSample { answer: Answer::Stalled(since), table_rows, ..image.clone() }
+                ImageSample { answer: Answer::Stalled(since), table_rows, ..ImageSample::clone(image) }
             }
             None => self.describe(entry, entry.status, None, Answer::Stalled(since)),
         }

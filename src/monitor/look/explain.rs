@@ -240,7 +240,7 @@ impl Looker {
     fn kernel_numbers(&self) -> Option<HashSet<FileId>> {
         /// Whose inode numbers are those of statx(2). Of overlayfs and FUSE that is so only under conditions.
         const SAME: [&str; 9] = ["ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "devtmpfs", "nfs4"];
-        let number = |image: &ImageSample| {
+        let number = |image: &Arc<ImageSample>| {
             let mount = image.mount.as_deref().filter(|m| SAME.contains(&m.kind.as_str()))?;
             Some(FileId { device: mount.lock_device, ..image.file })
         };

@@ -74,7 +74,7 @@ pub struct Looker {
     host: String,
     entries: Vec<Arc<Entry>>,
     /// By resolved path, without what stands around each.
-    images: HashMap<PathBuf, ImageSample>,
+    images: HashMap<PathBuf, Arc<ImageSample>>,
     /// The images of the last sample.
     shown: Vec<Arc<ImageSample>>,
     headers: HashMap<PathBuf, Arc<KnownHeader>>,
@@ -192,7 +192,7 @@ impl Looker {
     #[must_use]
     pub fn knows_a_writer(&self, resolved: &Path) -> bool {
         let writes =
-            |image: &ImageSample| self.search.descriptors(image.file).iter().any(|d| d.mode == OpenMode::Write);
+            |image: &Arc<ImageSample>| self.search.descriptors(image.file).iter().any(|d| d.mode == OpenMode::Write);
         self.images.get(resolved).is_none_or(writes)
     }
 
@@ -343,7 +343,7 @@ impl Looker {
     fn show(
         &self,
         entry: &Entry,
-        image: &ImageSample,
+        image: &Arc<ImageSample>,
         before: Option<&Arc<ImageSample>>,
         loops: &[(FileId, String)],
         processes: &BTreeMap<i32, Arc<ProcessFacts>>,
@@ -367,7 +367,7 @@ impl Looker {
         if let Some(before) = before.filter(says_the_same) {
             return Arc::clone(before);
         }
-        Arc::new(ImageSample {
+        let shown = ImageSample {
             path: entry.path.clone(),
             backing,
             descriptors: descriptors().cloned().collect(),
@@ -375,7 +375,9 @@ impl Looker {
             mounted_on: mounted_on.cloned(),
             layer,
             loop_devices: loop_devices().cloned().collect(),
-            ..image.clone()
-        })
+            ..ImageSample::clone(image)
+        };
+        // Around most images stands nothing.
+        if shown == **image { Arc::clone(image) } else { Arc::new(shown) }
     }
 }
