@@ -37,7 +37,7 @@ impl Inquiry {
         paths.extend(below.into_iter().map(|f| f.path));
         let snapshot = Snapshot::of(&Looker::new(roots, &paths, false, None)?.look(Scope::Everything));
         let inquiry = Self { snapshot, path: image.to_owned() };
-        match inquiry.snapshot.images.iter().any(|i| i.path == inquiry.path) {
+        match inquiry.snapshot.images.iter().any(|i| *i.path == inquiry.path) {
             true => Ok(inquiry),
             // It could not even be found: the only thing that can be wrong with a path that was there.
             false if !inquiry.snapshot.troubles.is_empty() => Err(no_answer(image)),
@@ -47,7 +47,7 @@ impl Inquiry {
 
     /// The image itself.
     pub(super) fn image(&self) -> Result<&Image, Failure> {
-        self.snapshot.images.iter().find(|i| i.path == self.path).ok_or_else(|| gone(&self.path))
+        self.snapshot.images.iter().find(|i| *i.path == self.path).ok_or_else(|| gone(&self.path))
     }
 }
 

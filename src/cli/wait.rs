@@ -147,9 +147,9 @@ impl Awaited {
             Vec::new()
         } else {
             let links = chain(&inquiry.snapshot, image).into_iter().flatten();
-            links.map(|l| (l.image.resolved.clone(), operation.backing.of(l.family))).collect()
+            links.map(|l| (l.image.resolved.to_path_buf(), operation.backing.of(l.family))).collect()
         };
-        Ok(Self { path: image.path.clone(), recipe, below })
+        Ok(Self { path: image.path.to_path_buf(), recipe, below })
     }
 
     fn passes(&self) -> Result<bool, Trouble> {

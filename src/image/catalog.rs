@@ -19,11 +19,20 @@ use crate::text::escape_path;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// As it is shown: the path that the operator gave, and what was found below it.
-    pub path: PathBuf,
+    pub path: Arc<Path>,
     /// The same with every link resolved: what is opened, and what inotify reports.
-    pub resolved: PathBuf,
+    pub resolved: Arc<Path>,
     /// What it was when it was listed.
     pub status: FileStatus,
+}
+
+impl Entry {
+    pub(super) fn new(shown: PathBuf, resolved: PathBuf, status: FileStatus) -> Arc<Self> {
+        let resolved: Arc<Path> = resolved.into();
+        // Most often the two are one.
+        let path = if shown == *resolved { Arc::clone(&resolved) } else { shown.into() };
+        Arc::new(Self { path, resolved, status })
+    }
 }
 
 /// Why a path cannot be watched at all.
@@ -86,7 +95,7 @@ fn find(path: &Path) -> Result<Found, NotFound> {
     if found.kind == FileKind::Directory {
         return Ok(Found::Directory(resolved));
     }
-    Ok(Found::File(Arc::new(Entry { path: path.to_owned(), resolved, status: found })))
+    Ok(Found::File(Entry::new(path.to_owned(), resolved, found)))
 }
 
 fn no_answer(path: &Path) -> String {
@@ -145,7 +154,7 @@ impl Catalog {
         let mut points: BTreeMap<PathBuf, bool> = self.directories.keys().map(|d| (d.clone(), true)).collect();
         for entry in self.files.iter().chain(self.linked.values().flatten()) {
             if entry.resolved.parent().is_none_or(|p| !self.directories.contains_key(p)) {
-                points.insert(entry.resolved.clone(), false);
+                points.insert(entry.resolved.to_path_buf(), false);
             }
         }
         points
@@ -156,7 +165,7 @@ impl Catalog {
     #[must_use]
     pub fn watch_ids(&self) -> BTreeMap<PathBuf, FileId> {
         let single = self.files.iter().chain(self.linked.values().flatten());
-        let files = single.map(|e| (e.resolved.clone(), e.status.id));
+        let files = single.map(|e| (e.resolved.to_path_buf(), e.status.id));
         files.chain(self.directories.iter().map(|(path, d)| (path.clone(), d.id))).collect()
     }
 
@@ -291,7 +300,7 @@ impl Catalog {
                 Some(entry) => linked.extend(entry),
                 None => {
                     let shown = directory.shown.join(&link);
-                    let known = before.get(&path).and_then(|l| l.iter().find(|e| e.path == shown));
+                    let known = before.get(&path).and_then(|l| l.iter().find(|e| *e.path == shown));
                     linked.extend(known.cloned());
                     self.troubles.push(no_answer(&shown));
                 }

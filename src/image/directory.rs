@@ -104,7 +104,7 @@ impl Directory {
             match found.kind {
                 FileKind::Regular | FileKind::Block => {
                     let path = self.shown.join(&name);
-                    self.images.push(Arc::new(Entry { path, resolved: target, status: found }));
+                    self.images.push(Entry::new(path, target, found));
                 }
                 FileKind::Directory => self.below.push(name),
                 FileKind::Special => {}
@@ -132,7 +132,7 @@ impl Directory {
 pub(super) fn follow(link: &Path, shown: PathBuf) -> Option<Arc<Entry>> {
     let resolved = link.canonicalize().ok()?;
     let found = status(&resolved).ok()?;
-    found.kind.can_be_image().then(|| Arc::new(Entry { path: shown, resolved, status: found }))
+    found.kind.can_be_image().then(|| Entry::new(shown, resolved, found))
 }
 
 /// Whether two lists show the same files under the same names.

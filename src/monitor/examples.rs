@@ -1,7 +1,7 @@
 //! What do small samples look like? For the unit tests of this room, built as the kernel would tell it.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -54,24 +54,24 @@ pub(crate) fn holds(pid: i32, held: &str) -> OpenDescriptor {
 pub(crate) fn image(name: &str, locked: &str) -> ImageSample {
     let found = BytesFound { locked: access(locked), ..BytesFound::default() };
     ImageSample {
-        path: PathBuf::from("/images").join(name),
-        resolved: PathBuf::from("/images").join(name),
+        path: Path::new("/images").join(name).into(),
+        resolved: Path::new("/images").join(name).into(),
         backing: None,
         file: FileId { device: Device { major: 8, minor: 1 }, inode: 7 },
         device: None,
         rows_certain: true,
         file_size: 1 << 20,
-        header: Some(Header {
+        header: Some(Arc::new(Header {
             format: Format::Qcow2,
             virtual_size: Some(1 << 30),
             backing_file: None,
             backing_format: None,
             data_elsewhere: false,
-        }),
+        })),
         mount: Some(mount("ext4", Reach::Local)),
         answer: Answer::Bytes(found),
         descriptors: Vec::new(),
-        table_rows: rows(locked, "OFDLCK", -1),
+        table_rows: rows(locked, "OFDLCK", -1).into(),
         loop_devices: Vec::new(),
         mapped_by: Vec::new(),
         mounted_on: None,

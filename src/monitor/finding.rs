@@ -390,7 +390,7 @@ mod tests {
     fn a_base_that_is_written_under_an_overlay_in_use_is_a_danger() {
         let base = ImageSample { descriptors: vec![holds(43, "cwr/-")], ..image("base", "cwr/-") };
         let mut top = ImageSample { descriptors: vec![holds(42, "cwr/wr")], ..image("top", "cwr/wr") };
-        top.backing = Some(Backing { path: base.path.clone(), file: Some(base.file), answered: true });
+        top.backing = Some(Backing { path: base.path.to_path_buf(), file: Some(base.file), answered: true });
         top.file.inode = 100;
         assert!(has(vec![top.clone(), base.clone()], "base-written", Severity::Danger));
         // A commit job of the same process writes to it rightly.

@@ -4,7 +4,7 @@
 //! is in it and never asked for.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -79,9 +79,9 @@ pub struct Backing {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ImageSample {
     /// As it is shown.
-    pub path: PathBuf,
+    pub path: Arc<Path>,
     /// The same with every link resolved.
-    pub resolved: PathBuf,
+    pub resolved: Arc<Path>,
     /// The file that was opened and asked.
     pub file: FileId,
     /// Length of the file in bytes.
@@ -89,7 +89,7 @@ pub struct ImageSample {
     /// The device that it stands for, if it is a node of a block device.
     pub device: Option<Device>,
     /// What its header says; `None` if it could not be read.
-    pub header: Option<Header>,
+    pub header: Option<Arc<Header>>,
     /// Where its backing file is, if its name is a path.
     pub backing: Option<Backing>,
     /// The file system it lies on.
@@ -99,7 +99,7 @@ pub struct ImageSample {
     /// Each descriptor of a process that leads to it, with the locks behind it.
     pub descriptors: Vec<OpenDescriptor>,
     /// The rows of `/proc/locks` about it.
-    pub table_rows: Vec<LockRecord>,
+    pub table_rows: Arc<[LockRecord]>,
     /// Whether those rows can be about no other file. On btrfs and overlayfs the table names the superblock, and several
     /// of its files may have one inode number.
     pub rows_certain: bool,

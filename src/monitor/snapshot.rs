@@ -3,7 +3,7 @@
 //! The values that screens, tables and streams are made of; `understand` makes them of a [`Sample`]. Pure.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -158,9 +158,9 @@ pub struct Filesystem {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Image {
     /// As it is shown.
-    pub path: PathBuf,
+    pub path: Arc<Path>,
     /// The same with every link resolved.
-    pub resolved: PathBuf,
+    pub resolved: Arc<Path>,
     /// The file behind the path.
     pub file: FileId,
     /// Its format; `None` if its header could not be read.

@@ -205,6 +205,8 @@ fn verdict(image: &ImageSample, sample: &Sample, bytes: &[ByteView]) -> Verdict 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
+
     use crate::linux::lock_table::parse_line;
     use crate::linux::probe::LockFound;
     use crate::monitor::examples::{access, descriptor, holds, image, mount, process, rows, sample};
@@ -242,7 +244,7 @@ mod tests {
         assert_eq!(verdict_of(nobody(), same).0, Verdict::HeldByKernel);
         assert_eq!(verdict_of(nobody(), |s| s.hidden_processes = 1).0, Verdict::Unknown);
         assert_eq!(verdict_of(nobody(), |s| s.sees_all_processes = false).0, Verdict::Unknown);
-        let unlisted = || ImageSample { table_rows: Vec::new(), ..nobody() };
+        let unlisted = || ImageSample { table_rows: Arc::default(), ..nobody() };
         assert_eq!(verdict_of(unlisted(), same).0, Verdict::Unknown, "on a local file system both must agree");
         for (kind, reach) in [("nfs4", Reach::Remote), ("fuse.glusterfs", Reach::Fuse)] {
             let remote = ImageSample { mount: Some(mount(kind, reach)), ..unlisted() };
@@ -259,7 +261,7 @@ mod tests {
         let opener = descriptor(43, 3, OpenMode::Write, Vec::new());
         let fuse = ImageSample {
             mount: Some(mount("fuse.glusterfs", Reach::Fuse)),
-            table_rows: Vec::new(),
+            table_rows: Arc::default(),
             descriptors: vec![opener],
             ..image("a", "cw/w")
         };
@@ -276,7 +278,7 @@ mod tests {
     #[test]
     fn a_pid_that_a_server_reports_is_its_word_and_no_process_here() {
         let mut foreign =
-            ImageSample { mount: Some(mount("nfs4", Reach::Remote)), table_rows: Vec::new(), ..image("a", "cw/w") };
+            ImageSample { mount: Some(mount("nfs4", Reach::Remote)), table_rows: Arc::default(), ..image("a", "cw/w") };
         let Answer::Bytes(found) = &mut foreign.answer else { panic!("no answer") };
         found.locks.push(LockFound { mode: LockMode::Read, start: 100, end: Some(101), pid: -42 });
         let (verdict, seen) = verdict_of(foreign, same);
@@ -345,7 +347,7 @@ mod tests {
     fn a_posix_owner_is_named_by_the_table_where_it_cannot_be_read() {
         let rows = rows("c/-", "POSIX", 42);
         let (verdict, seen) =
-            verdict_of(ImageSample { table_rows: rows, ..image("a", "c/-") }, |s| s.hidden_processes = 1);
+            verdict_of(ImageSample { table_rows: rows.into(), ..image("a", "c/-") }, |s| s.hidden_processes = 1);
         assert_eq!(verdict, Verdict::Held);
         assert_eq!(
             (seen.holders[0].process.id.pid, seen.holders[0].fd, seen.holders[0].lock),
@@ -364,7 +366,8 @@ mod tests {
 
     #[test]
     fn rows_that_may_be_about_another_file_accuse_nobody() {
-        let doubtful = ImageSample { table_rows: rows("c/-", "POSIX", 42), rows_certain: false, ..image("a", "-/-") };
+        let doubtful =
+            ImageSample { table_rows: rows("c/-", "POSIX", 42).into(), rows_certain: false, ..image("a", "-/-") };
         let (verdict, seen) = verdict_of(doubtful, same);
         assert_eq!((verdict, seen.holders.len(), seen.held()), (Verdict::Free, 0, Access::NONE));
     }

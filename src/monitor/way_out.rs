@@ -91,7 +91,7 @@ fn after_refusal(snapshot: &Snapshot, image: &Image, operation: &Operation, refu
     }
     ways.extend(processes.iter().map(|p| stop(p, "stop ")));
     if processes.is_empty() {
-        let holder = snapshot.images.iter().find(|i| i.path == refused.on_image).unwrap_or(image);
+        let holder = snapshot.images.iter().find(|i| *i.path == refused.on_image).unwrap_or(image);
         ways.push(match holder.verdict {
             Verdict::HeldElsewhere => format!(
                 "{on} is held from another host: run qlock-top on each host that mounts {}",

@@ -94,7 +94,7 @@ pub fn what_if(snapshot: &Snapshot, image: &Image, operation: &'static Operation
         match judge(recipe, held_by_others(image)) {
             Judgement::Refused(r) => Outcome::Refused(Refused {
                 byte: r.byte,
-                on_image: image.path.clone(),
+                on_image: image.path.to_path_buf(),
                 sentence: r.sentence,
                 holders: holders_of(image, r.byte),
                 destroys_image: r.destroys_image,
@@ -192,7 +192,7 @@ pub fn chain<'a>(snapshot: &'a Snapshot, image: &'a Image) -> Vec<Result<Link<'a
             break;
         }
         seen.push(file);
-        let by_path = snapshot.images.iter().find(|i| i.file == file && i.resolved == backing.path);
+        let by_path = snapshot.images.iter().find(|i| i.file == file && *i.resolved == backing.path);
         match by_path.or_else(|| snapshot.images.iter().find(|i| i.file == file)) {
             Some(image) => {
                 let family = family_of_backing(top.backing_format.as_deref(), image.format);
@@ -230,7 +230,7 @@ fn below(snapshot: &Snapshot, image: &Image, operation: &Operation) -> Outcome {
         if let Some((byte, sentence)) = first_refusal(access, held_by_others(backing)) {
             return Outcome::Refused(Refused {
                 byte,
-                on_image: backing.path.clone(),
+                on_image: backing.path.to_path_buf(),
                 sentence,
                 holders: holders_of(backing, byte),
                 destroys_image: false,
@@ -272,6 +272,9 @@ fn holders_of(image: &Image, byte: LockByte) -> Vec<Holder> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
+    use std::sync::Arc;
+
     use crate::linux::identity::FileId;
     use crate::monitor::examples::{descriptor, holds, image, process, sample};
     use crate::monitor::sample::{Answer, Backing, ImageSample};
@@ -283,7 +286,7 @@ mod tests {
 
     fn on(base: FileId) -> ImageSample {
         let mut top = image("top.qcow2", "-/-");
-        top.header.as_mut().unwrap().backing_file = Some("base.qcow2".to_owned());
+        Arc::make_mut(top.header.as_mut().unwrap()).backing_file = Some("base.qcow2".to_owned());
         top.backing = Some(Backing { path: "/images/base.qcow2".into(), file: Some(base), answered: true });
         top.file.inode = 100;
         top
@@ -334,10 +337,10 @@ mod tests {
         let unread = ImageSample { header: None, ..blind() };
         assert!(matches!(ask(vec![unread], "info").outcome, Outcome::Unknown(_)));
         let mut elsewhere = image("a", "-/-");
-        elsewhere.header.as_mut().unwrap().data_elsewhere = true;
+        Arc::make_mut(elsewhere.header.as_mut().unwrap()).data_elsewhere = true;
         assert!(matches!(ask(vec![elsewhere], "vm").outcome, Outcome::Unknown(_)));
         let mut circle = on(FileId { inode: 100, ..base.file });
-        circle.path = "/images/top.qcow2".into();
+        circle.path = Path::new("/images/top.qcow2").into();
         let Outcome::Unknown(why) = ask(vec![circle], "vm").outcome else { panic!("granted") };
         assert!(why.contains("circle"), "{why}");
     }

@@ -65,7 +65,7 @@ pub fn write_json(out: impl Write, ascii: bool, snapshot: &Snapshot, image: &Ima
         operation: Some(answer.operation.name),
         verdict: verdict_name(&answer.outcome),
         byte: refused.map(|r| r.byte.offset()),
-        on_image: refused.map_or(&image.path, |r| &r.on_image).to_string_lossy().into_owned(),
+        on_image: refused.map_or(&*image.path, |r| &r.on_image).to_string_lossy().into_owned(),
         message: refused.map(|r| r.sentence.to_string()),
         destroys_image: refused.is_some_and(|r| r.destroys_image) || answer.harm == Harm::Overwrites,
         holders,
@@ -235,7 +235,7 @@ pub fn write_table(mut out: impl Write, layout: Layout, image: &Image, answers: 
                 let mut who: Vec<String> = refused.holders.iter().map(|h| process_name(&h.process)).collect();
                 who.dedup();
                 let who = if who.is_empty() { "somebody who cannot be named".to_owned() } else { who.join(", ") };
-                let place = if refused.on_image == image.path {
+                let place = if refused.on_image == *image.path {
                     String::new()
                 } else {
                     format!(" of {}", escape_path(&refused.on_image))

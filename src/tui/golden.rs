@@ -52,7 +52,7 @@ fn libvirt(pid: i32, vm: &str) -> ProcessFacts {
 fn host() -> Sample {
     let mut images = Vec::new();
     let mut add = |name: &str, inode: u64, format, gib, locked: &str, descriptors: Vec<_>| {
-        let mut one = ImageSample { header: header(format, gib), descriptors, ..image(name, locked) };
+        let mut one = ImageSample { header: header(format, gib).map(Arc::new), descriptors, ..image(name, locked) };
         one.file.inode = inode;
         images.push(one);
     };
@@ -72,10 +72,11 @@ fn host() -> Sample {
     add("evil\u{1b}[2J\u{202e}.img", 7, Format::Raw, 1, "-/-", vec![descriptor(77, 5, OpenMode::Read, vec![])]);
     let whole = parse_line("1: OFDLCK ADVISORY WRITE -1 08:01:8 0 EOF").unwrap();
     add("cloud.raw", 8, Format::Raw, 4, "cwurg/cwurg", vec![descriptor(78, 9, OpenMode::Write, vec![whole])]);
-    images[0].header.as_mut().unwrap().backing_file = Some("base.qcow2".to_owned());
-    images[0].backing = Some(Backing { path: images[1].resolved.clone(), file: Some(images[1].file), answered: true });
+    Arc::make_mut(images[0].header.as_mut().unwrap()).backing_file = Some("base.qcow2".to_owned());
+    images[0].backing =
+        Some(Backing { path: images[1].resolved.to_path_buf(), file: Some(images[1].file), answered: true });
     images[3].mount = Some(mount("nfs4", Reach::Remote));
-    images[3].table_rows.clear();
+    images[3].table_rows = Arc::default();
     images[4].answer = Answer::CannotOpen(nix::errno::Errno::EACCES as i32);
     images[4].header = None;
     images.sort_by(|a, b| a.path.cmp(&b.path));

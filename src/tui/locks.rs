@@ -6,7 +6,7 @@
 use std::collections::{HashMap, HashSet};
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -97,7 +97,7 @@ impl Locks {
     }
 
     /// Asks whether a lock would be granted; takes none.
-    pub(super) fn check(&self, key: Key, resolved: PathBuf, accesses: Vec<Access>) {
+    pub(super) fn check(&self, key: Key, resolved: Arc<Path>, accesses: Vec<Access>) {
         let teller = self.teller.clone();
         let (asked, name) = (key.clone(), resolved.clone());
         let work = move || {
@@ -110,7 +110,7 @@ impl Locks {
     }
 
     /// Takes a lock, for at most `limit` from now.
-    pub(super) fn take_lock(&mut self, key: Key, resolved: PathBuf, accesses: Vec<Access>, limit: Duration) {
+    pub(super) fn take_lock(&mut self, key: Key, resolved: Arc<Path>, accesses: Vec<Access>, limit: Duration) {
         let id = self.next;
         self.next += 1;
         let teller = self.teller.clone();

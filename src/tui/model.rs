@@ -3,7 +3,7 @@
 //! Everything that is drawn follows from this value and nothing else. Pure: no clock, no I/O; the time is told by messages.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ use crate::monitor::snapshot::{Image, Snapshot};
 use crate::protocol::Access;
 
 /// What stays the same for an image while rows move.
-pub type Key = (PathBuf, FileId);
+pub type Key = (Arc<Path>, FileId);
 
 /// Which table fills the screen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 //!
 //! Pure: a message and a model in, the model changed and a list of effects out.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -68,7 +68,7 @@ pub enum Effect {
         /// Of which image.
         key: Key,
         /// Its path with every link resolved.
-        resolved: PathBuf,
+        resolved: Arc<Path>,
         /// What would be taken, step by step.
         accesses: Vec<Access>,
     },
@@ -77,7 +77,7 @@ pub enum Effect {
         /// On which image.
         key: Key,
         /// Its path with every link resolved.
-        resolved: PathBuf,
+        resolved: Arc<Path>,
         /// What is to be taken, step by step.
         accesses: Vec<Access>,
         /// For how long at most.

@@ -28,7 +28,7 @@ use crate::linux::storage::Lane;
 pub(super) struct KnownHeader {
     status: FileStatus,
     read_at: Instant,
-    header: Option<Header>,
+    header: Option<Arc<Header>>,
 }
 
 /// A guest writes all the time and changes the modification time with it; its header is read again this often.
@@ -81,7 +81,7 @@ impl KnownHeader {
     }
 
     fn read(file: &File, status: FileStatus) -> Arc<Self> {
-        let header = header::read(file, header::length(file, &status)).ok();
+        let header = header::read(file, header::length(file, &status)).ok().map(Arc::new);
         Arc::new(Self { status, read_at: Instant::now(), header })
     }
 }
@@ -111,7 +111,7 @@ impl Looker {
                 directory = (parent, watch.zip(parent).is_some_and(|(watch, parent)| watch.watches(parent)));
             }
             let is_watched = directory.1 || watch.is_some_and(|watch| watch.watches(&entry.resolved));
-            let must = in_turn(i) || touched.contains(&entry.resolved);
+            let must = in_turn(i) || touched.contains(&*entry.resolved);
             if must || !is_watched || !self.would_be_hinted_at(entry) {
                 due.push(Arc::clone(entry));
             }
@@ -191,7 +191,7 @@ impl Looker {
                     Answer::Stalled(since) => since,
                     _ => since,
                 };
-                let table_rows = self.rows_of(image.file, image.mount.as_deref()).0.to_vec();
+                let table_rows = self.rows_of(image.file, image.mount.as_deref()).0.into();
                 ImageSample { answer: Answer::Stalled(since), table_rows, ..ImageSample::clone(image) }
             }
             None => self.describe(entry, entry.status, None, Answer::Stalled(since)),
@@ -224,12 +224,12 @@ impl Looker {
         &self,
         entry: &Entry,
         status: FileStatus,
-        header: Option<Header>,
+        header: Option<Arc<Header>>,
         answer: Answer,
     ) -> ImageSample {
         let mount = self.storage.mounts().and_then(|m| m.of(&entry.resolved, &status)).cloned();
         let (rows, rows_certain) = self.rows_of(status.id, mount.as_deref());
-        let table_rows = rows.to_vec();
+        let table_rows = rows.into();
         ImageSample {
             path: entry.path.clone(),
             resolved: entry.resolved.clone(),

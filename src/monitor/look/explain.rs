@@ -26,7 +26,7 @@ pub(super) struct Walks {
     done: bool,
     cost: Duration,
     /// The locks that a whole walk could not explain, and when: the same ones are not walked for at every look.
-    in_vain: HashMap<FileId, (Instant, Answer, Vec<LockRecord>)>,
+    in_vain: HashMap<FileId, (Instant, Answer, Arc<[LockRecord]>)>,
     /// When it is next looked whether somebody has opened or received something, as long as there are such.
     recount_at: Option<Instant>,
     /// How many rows last fitted to which descriptors (their hash).
@@ -190,7 +190,7 @@ impl Looker {
     /// Remembers what was opened, so that whoever did is found.
     pub fn expect_openers(&mut self, touched: &Touched) {
         for (path, balance) in &touched.balance {
-            let Some(image) = self.images.get(path) else { continue };
+            let Some(image) = self.images.get(path.as_path()) else { continue };
             let known = self.search.descriptors(image.file).len();
             if *balance > 0 {
                 self.opens.waiting.entry(path.clone()).or_insert((known, Instant::now()));
@@ -205,7 +205,7 @@ impl Looker {
         let (mut unexplained, mut young) = (false, false);
         for path in files {
             let Some((before, since)) = self.opens.waiting.get(path).copied() else { continue };
-            let known = self.images.get(path).map_or(0, |i| self.search.descriptors(i.file).len());
+            let known = self.images.get(path.as_path()).map_or(0, |i| self.search.descriptors(i.file).len());
             let late = since.elapsed() > OPEN_SHOWS_WITHIN;
             if known > before || late {
                 self.opens.waiting.remove(path);

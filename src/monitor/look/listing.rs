@@ -3,7 +3,8 @@
 //! Paths are added to inotify by a thread of `linux::storage`: to add one asks its file system.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Looker;
@@ -19,7 +20,7 @@ impl Looker {
     /// Takes over the catalog's list, and has inotify watch what is on it.
     pub(super) fn take_listing(&mut self) {
         self.entries = self.catalog.images();
-        let listed: HashSet<&PathBuf> = self.entries.iter().map(|e| &e.resolved).collect();
+        let listed: HashSet<&Arc<Path>> = self.entries.iter().map(|e| &e.resolved).collect();
         self.images.retain(|path, _| listed.contains(path));
         self.headers.retain(|path, _| listed.contains(path));
         let Some(watch) = self.watch.clone().filter(|_| self.resting_until.is_none()) else { return };

@@ -74,10 +74,10 @@ pub struct Looker {
     host: String,
     entries: Vec<Arc<Entry>>,
     /// By resolved path, without what stands around each.
-    images: HashMap<PathBuf, Arc<ImageSample>>,
+    images: HashMap<Arc<Path>, Arc<ImageSample>>,
     /// The images of the last sample.
     shown: Vec<Arc<ImageSample>>,
-    headers: HashMap<PathBuf, Arc<KnownHeader>>,
+    headers: HashMap<Arc<Path>, Arc<KnownHeader>>,
     backings: HashMap<PathBuf, KnownBacking>,
     loop_files: LoopFiles,
     /// Who has a file mapped whose lock no descriptor explains.
@@ -159,7 +159,8 @@ impl Looker {
             return self.look(Scope::Files(&changed));
         }
         let wanted: Arc<HashSet<FileId>> = Arc::new(self.images.values().map(|i| i.file).collect());
-        let touched: HashSet<FileId> = files.iter().filter_map(|f| self.images.get(f)).map(|i| i.file).collect();
+        let touched: HashSet<FileId> =
+            files.iter().filter_map(|f| self.images.get(f.as_path())).map(|i| i.file).collect();
         self.search.refresh(&touched);
         // Most often it is a program that was just started.
         self.scan(&Depth::New, &wanted);
@@ -173,7 +174,7 @@ impl Looker {
     }
 
     pub(super) fn has_other_rows(&self, resolved: &Path) -> bool {
-        let known = |image: &ImageSample| self.rows_of(image.file, image.mount.as_deref()).0 == image.table_rows;
+        let known = |image: &ImageSample| self.rows_of(image.file, image.mount.as_deref()).0 == &*image.table_rows;
         self.images.get(resolved).is_some_and(|image| !known(image))
     }
 
@@ -185,7 +186,7 @@ impl Looker {
     /// The path under which a resolved path is shown.
     #[must_use]
     pub fn shown_path(&self, resolved: &Path) -> Option<PathBuf> {
-        self.images.get(resolved).map(|i| i.path.clone())
+        self.images.get(resolved).map(|i| i.path.to_path_buf())
     }
 
     /// Whether somebody is known to have the file open for writing.
@@ -212,7 +213,7 @@ impl Looker {
         let version = Some(self.table.version());
         let mut files = HashSet::new();
         if self.compared != version {
-            files = self.images.keys().filter(|path| self.has_other_rows(path)).cloned().collect();
+            files = self.images.keys().filter(|path| self.has_other_rows(path)).map(|p| p.to_path_buf()).collect();
             self.compared = version.filter(|_| files.is_empty());
         }
         Hint { listing, files, recovered }
@@ -238,7 +239,7 @@ impl Looker {
         self.read_table();
         let mut targets: Vec<Arc<Entry>> = match scope {
             Scope::Everything => self.due(),
-            Scope::Files(paths) => self.entries.iter().filter(|e| paths.contains(&e.resolved)).cloned().collect(),
+            Scope::Files(paths) => self.entries.iter().filter(|e| paths.contains(&*e.resolved)).cloned().collect(),
         };
         let changed = self.ask(&mut targets);
         let wanted: Arc<HashSet<FileId>> = Arc::new(self.images.values().map(|i| i.file).collect());
@@ -349,11 +350,11 @@ impl Looker {
         processes: &BTreeMap<i32, Arc<ProcessFacts>>,
     ) -> Arc<ImageSample> {
         let descriptors = || self.users(image.file).filter(|d| processes.contains_key(&d.pid));
-        let backing = self.backing_of(&entry.path, image.header.as_ref());
+        let backing = self.backing_of(&entry.path, image.header.as_deref());
         let mapped_by = self.mapped_by(image.file);
         let mounted_on = image.device.and_then(|d| self.storage.mounts()?.on_device(d, &image.resolved));
         let mounted_on = mounted_on.map(|m| &m.point);
-        let layer = self.layers.get(&image.resolved).copied().flatten();
+        let layer = self.layers.get(&*image.resolved).copied().flatten();
         let loop_devices = || loops.iter().filter(|(file, _)| *file == image.file).map(|(_, device)| device);
         let says_the_same = |b: &&Arc<ImageSample>| {
             b.was_asked_the_same(image)

@@ -98,7 +98,7 @@ impl Looker {
             let inside = image.resolved.strip_prefix(&mount.point).ok()?;
             let name = mount.root.strip_prefix("/").unwrap_or(&mount.root).join(inside);
             let candidates: Vec<PathBuf> = layers(mount).map(|layer| layer.join(&name)).collect();
-            Some((image.resolved.clone(), candidates))
+            Some((image.resolved.to_path_buf(), candidates))
         });
         let all: Vec<(PathBuf, Vec<PathBuf>)> = of_overlay.collect();
         let questions: Vec<(PathBuf, Vec<PathBuf>)> =

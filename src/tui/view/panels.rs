@@ -343,7 +343,7 @@ fn chain_lines<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Lines<'
 
 /// What happened to the selected image; on the whole screen to all of them, also to those that are gone.
 fn events<'a>(model: &'a Model, image: Option<&'a Image>, theme: &Theme) -> Lines<'a> {
-    let concerns = |path: &Option<PathBuf>| path.as_ref().is_none_or(|p| image.is_none_or(|i| *p == i.path));
+    let concerns = |path: &Option<PathBuf>| path.as_ref().is_none_or(|p| image.is_none_or(|i| *p == *i.path));
     let today = model.shown_at().to_zoned(model.zone.clone()).date();
     let line = |change: &crate::monitor::change::Change| {
         let at = change.at.to_zoned(model.zone.clone());

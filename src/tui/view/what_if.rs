@@ -37,7 +37,7 @@ pub(super) fn lines<'a>(model: &'a Model, image: &'a Image, theme: &Theme) -> Li
                 let mut who: Vec<String> = refused.holders.iter().map(holder_name).collect();
                 who.dedup();
                 let who = if who.is_empty() { "somebody unknown".to_owned() } else { who.join(", ") };
-                let place = if refused.on_image == image.path {
+                let place = if refused.on_image == *image.path {
                     String::new()
                 } else {
                     format!(" of {}", escape_path(&refused.on_image))
