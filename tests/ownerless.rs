@@ -15,10 +15,16 @@ mod told;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::mpsc;
+use std::time::Duration;
 
 use everyone::{list, list_of, qlock_top};
 use fuse::{Content, Foreign, Fuse, Mode, Setup};
 use places::{LoopDevice, next_line, ready};
+use qlock::linux::Roots;
+use qlock::monitor::look::{Looker, Scope};
+use qlock::monitor::sample::Sample;
+use qlock::monitor::snapshot::{Image, Snapshot, Verdict};
 use serde_json::Value;
 use stream::Watch;
 use support::{
@@ -220,6 +226,51 @@ fn who_only_has_it_mapped_or_a_loop_device_on_it_is_never_said_to_hold_the_lock(
     for path in [&mapped, &under_loop] {
         assert_eq!(image(&snapshot, path)["holders"], serde_json::json!([]));
     }
+}
+
+/// What is made of a sample's only image on a host where every process can be read.
+fn understood(sample: Sample) -> Image {
+    let sample = Sample { hidden_processes: 0, sees_all_processes: true, ..sample };
+    Snapshot::of(&sample).images.remove(0)
+}
+
+#[test]
+fn a_search_that_takes_long_goes_on_aside_and_nobody_is_ruled_out_before_it_is_over() {
+    if !have(&["python3"]) {
+        return;
+    }
+    let images = Images::new();
+    let (mapped, in_flight) = (images.raw("mapped.raw"), images.raw("in-flight.raw"));
+    let (mapper, _) = ready(&mut locker(MAPPED, &mapped));
+    let (mut sender, _) = ready(&mut locker(IN_FLIGHT, &in_flight));
+    let text = |image: &Image| image.findings.first().map(|f| f.text.clone()).unwrap_or_default();
+    let searched = |path: &Path| {
+        let mut looker = Looker::new(Roots::host(), &[path.to_owned()], false, None).unwrap();
+        let (wake, woken) = mpsc::channel();
+        looker.search_aside(Duration::ZERO, move || wake.send(()).unwrap_or_default());
+        let first = understood(looker.look(Scope::Everything));
+        assert_eq!((first.verdict, first.holders.len()), (Verdict::Unknown, 0));
+        assert!(text(&first).contains("still being searched"), "{}", text(&first));
+        loop {
+            // Looks that come meanwhile neither wait for it nor know better.
+            let meanwhile = understood(looker.look(Scope::Everything));
+            assert_eq!((meanwhile.verdict, meanwhile.held()), (Verdict::Unknown, first.held()));
+            woken.recv_timeout(Duration::from_secs(60)).unwrap();
+            if let Some(seen) = looker.take_search().map(understood).filter(|i| i.verdict != Verdict::Unknown) {
+                return (looker, seen);
+            }
+        }
+    };
+    let (_, seen) = searched(&mapped);
+    assert_eq!(seen.verdict, Verdict::HeldByKernel);
+    assert!(text(&seen).contains(&format!("python3 {}", mapper.pid())), "{}", text(&seen));
+    let (mut looker, seen) = searched(&in_flight);
+    assert_eq!(seen.verdict, Verdict::HeldByKernel);
+    assert!(text(&seen).contains("in flight"), "{}", text(&seen));
+    tell(&mut sender, "\n");
+    next_line(&mut sender);
+    let held = |i: Image| (i.verdict == Verdict::Held).then_some(());
+    wait_for("the receiver", || held(understood(looker.look(Scope::Everything))));
 }
 
 /// `list` as the first process of a new pid namespace, as in a container: it sees nobody but itself.

@@ -76,6 +76,7 @@ pub(crate) fn image(name: &str, locked: &str) -> ImageSample {
         mapped_by: Vec::new(),
         mounted_on: None,
         layer: None,
+        sought: false,
     }
 }
 

@@ -172,6 +172,8 @@ fn without_holder(image: &Image, raw: &ImageSample, sample: &Sample) -> Option<F
                     filesystem_text(image),
                     openers_text(image)
                 )
+            } else if raw.sought {
+                "all processes are still being searched"
             } else if sample.hidden_processes > 0 {
                 "it may be one of the processes that may not be read; root sees the most"
             } else if sample.sees_all_processes {

@@ -111,6 +111,9 @@ pub struct ImageSample {
     pub mounted_on: Option<PathBuf>,
     /// On an overlay file system: the file of the layer that it is.
     pub layer: Option<FileId>,
+    /// Who holds it is still being sought: nobody can say yet that no process does.
+    #[serde(default)]
+    pub sought: bool,
 }
 
 impl Sample {

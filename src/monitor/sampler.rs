@@ -56,6 +56,8 @@ pub struct Sampler {
 enum Order {
     /// inotify has news.
     Nudge,
+    /// A search that went on aside is over.
+    Searched,
     /// Look now.
     Look,
     /// The time between two ticks.
@@ -98,7 +100,11 @@ impl Sampler {
             })
             .ok();
         let (roots, interval) = (options.roots.clone(), options.interval);
-        let looker = Looker::new(roots, &options.paths, options.recursive, watch)?;
+        let mut looker = Looker::new(roots, &options.paths, options.recursive, watch)?;
+        let searched = orders.clone();
+        looker.search_aside(WALK_BUDGET, move || {
+            let _ = searched.send(Order::Searched);
+        });
         let out = Out { slot: Arc::clone(&slot), ringer, last: None };
         lock(&slot).update.gaps = gaps;
         std::thread::Builder::new()
@@ -168,6 +174,9 @@ const HINT_PAUSE: Duration = Duration::from_millis(80);
 const HINT_SHARE: u32 = 300;
 /// After a flood of events nobody listens to them for this long.
 const EVENT_REST: Duration = Duration::from_secs(5);
+
+/// What takes longer holds up those who hear of a lock: it goes on aside.
+const WALK_BUDGET: Duration = Duration::from_millis(10);
 
 struct Out {
     slot: Arc<Mutex<Slot>>,
@@ -286,6 +295,11 @@ impl Work {
                     }
                     self.looker.expect_openers(&touched);
                     agenda.add(touched);
+                }
+                Ok(Order::Searched) => {
+                    if let Some(sample) = self.looker.take_search() {
+                        self.out.publish(sample, agenda.take_gaps());
+                    }
                 }
                 Ok(Order::Look) => agenda.tick = Instant::now(),
                 Ok(Order::Interval(interval)) => {

@@ -188,6 +188,7 @@ fn verdict(image: &ImageSample, sample: &Sample, bytes: &[ByteView]) -> Verdict 
     let without_holder = bytes.iter().filter(held).filter(|b| b.holders.is_empty()).map(|b| {
         let in_table = image.table_rows.iter().any(|r| r.counts() && r.covers(b.byte.offset()));
         match (in_table, everyone_read, reach) {
+            _ if image.sought => Verdict::Unknown,
             (true, true, _) => Verdict::HeldByKernel,
             (false, _, Reach::Remote) => Verdict::HeldElsewhere,
             // A FUSE server may keep the locks of this host too, and then neither table nor descriptor shows them: only

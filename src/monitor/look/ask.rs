@@ -251,6 +251,7 @@ impl Looker {
             mapped_by: Vec::new(),
             mounted_on: None,
             layer: None,
+            sought: false,
         }
     }
 }

@@ -26,7 +26,7 @@ pub(super) struct Walks {
     done: bool,
     cost: Duration,
     /// The locks that a whole walk could not explain, and when: the same ones are not walked for at every look.
-    in_vain: HashMap<FileId, (Instant, Answer, Arc<[LockRecord]>)>,
+    pub(super) in_vain: HashMap<FileId, (Instant, Answer, Arc<[LockRecord]>)>,
     /// When it is next looked whether somebody has opened or received something, as long as there are such.
     recount_at: Option<Instant>,
     /// How many rows last fitted to which descriptors (their hash).
@@ -80,6 +80,18 @@ impl Walks {
         !self.done
     }
 
+    /// A walk has taken so long.
+    pub(super) fn took(&mut self, cost: Duration) {
+        self.cost = cost;
+        self.done = true;
+    }
+
+    /// Forgets what is no longer watched.
+    pub(super) fn keep_only(&mut self, wanted: &HashSet<FileId>) {
+        self.in_vain.retain(|file, _| wanted.contains(file));
+        self.explained.retain(|file, _| wanted.contains(file));
+    }
+
     /// The time between two whole walks for the same lock.
     fn pause(&self) -> Duration {
         WALK_PAUSE.max(self.cost * WALK_SHARE)
@@ -115,11 +127,14 @@ impl Looker {
             if open.is_empty() {
                 return;
             }
+            let quickly = attempt == 1;
             if attempt == 0 {
                 self.scan(&Depth::Changed, wanted);
+            } else if self.must_walk_aside() && !(quickly && self.search.can_name()) && self.seek(&open, wanted) {
+                return;
             } else {
                 // What the kernel names is enough to find a holder, and not to say that there is none.
-                self.walk_all(wanted, attempt == 1);
+                self.walk_all(wanted, quickly);
                 // A process that ends has no descriptors any more while the kernel still closes them one by one, and
                 // nothing tells when it has done.
                 std::thread::sleep(CLOSING);
@@ -138,26 +153,10 @@ impl Looker {
         }
     }
 
-    /// A lock without a descriptor may belong to a file that was closed and is mapped still.
-    fn look_for_mappings(&mut self, ownerless: &[Arc<Entry>]) {
-        let on_superblock = |image: &ImageSample| {
-            let device = image.mount.as_ref().map_or(image.file.device, |m| m.lock_device);
-            // Without a row it is no lock of this kernel's, and no reason to read every process's mappings.
-            let in_table = image.rows_certain && image.table_rows.iter().any(LockRecord::counts);
-            in_table.then_some((FileId { device, ..image.file }, image.file))
-        };
-        let files: HashMap<FileId, FileId> =
-            ownerless.iter().filter_map(|e| on_superblock(self.images.get(&e.resolved)?)).collect();
-        if files.is_empty() {
-            return;
-        }
-        let found = self.search.mappings(files.keys().copied().collect());
-        self.mapped.retain(|file, _| !files.values().any(|f| f == file));
-        self.mapped.extend(found.into_iter().filter_map(|(file, pids)| Some((*files.get(&file)?, pids))));
-    }
-
     fn is_open(&mut self, entry: &Entry) -> bool {
-        !self.is_explained(&entry.resolved) && !self.was_in_vain(&entry.resolved)
+        !self.is_explained(&entry.resolved)
+            && !self.was_in_vain(&entry.resolved)
+            && !self.is_sought_aside(&entry.resolved)
     }
 
     /// Whether a whole walk has not explained the very same locks a short while ago.
@@ -169,9 +168,18 @@ impl Looker {
         })
     }
 
+    /// Whether whole walks have not explained the very same locks, however long ago.
+    pub(super) fn was_concluded(&self, resolved: &Path) -> bool {
+        let known = |image: &Arc<ImageSample>| {
+            let (_, answer, rows) = self.walks.in_vain.get(&image.file)?;
+            Some(*answer == image.answer && *rows == image.table_rows)
+        };
+        self.images.get(resolved).and_then(known).unwrap_or_default()
+    }
+
     /// Whether each held byte has a holder, each holder's byte is held, and the table lists no lock of which we know no
     /// owner.
-    fn is_explained(&mut self, resolved: &Path) -> bool {
+    pub(super) fn is_explained(&mut self, resolved: &Path) -> bool {
         let Some(image) = self.images.get(resolved) else { return true };
         let Answer::Bytes(found) = &image.answer else { return true };
         let descriptors = self.search.descriptors(image.file);
@@ -225,15 +233,21 @@ impl Looker {
         }
     }
 
+    /// Looks at all processes for one who has opened an image and has not locked it.
+    pub(super) fn walk_for_opener(&mut self, wanted: &Arc<HashSet<FileId>>) {
+        let aside = self.must_walk_aside() && !self.search.can_name();
+        if !aside || !(self.search.is_walking() || self.walk_aside(wanted)) {
+            self.walk_all(wanted, true);
+        }
+    }
+
     /// Walks all processes; `quickly` if possible, which leaves out descriptors that move meanwhile.
     pub(super) fn walk_all(&mut self, wanted: &Arc<HashSet<FileId>>, quickly: bool) {
         let started = Instant::now();
         let numbers = if quickly { self.kernel_numbers() } else { None };
         self.scan(&numbers.map_or(Depth::All, Depth::Named), wanted);
-        self.walks.cost = started.elapsed();
-        self.walks.done = true;
-        self.walks.in_vain.retain(|file, _| wanted.contains(file));
-        self.walks.explained.retain(|file, _| wanted.contains(file));
+        self.walks.took(started.elapsed());
+        self.walks.keep_only(wanted);
     }
 
     /// The numbers by which the kernel itself knows the images; `None` where it may know one of them by others.

@@ -7,6 +7,7 @@
 mod ask;
 mod explain;
 mod listing;
+mod seek;
 mod surroundings;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -18,6 +19,7 @@ use jiff::Timestamp;
 
 use ask::KnownHeader;
 use explain::{Opens, Unexplained, Walks};
+use seek::Seek;
 use surroundings::{KnownBacking, LoopFiles};
 
 use super::sample::{DeletedImage, ImageSample, Sample};
@@ -89,6 +91,7 @@ pub struct Looker {
     compared: Option<u64>,
     troubles: Vec<String>,
     walks: Walks,
+    seek: Seek,
     /// Writers without a lock that have been seen for long enough.
     confirmed: HashSet<OpenDescriptor>,
 }
@@ -136,6 +139,7 @@ impl Looker {
             compared: None,
             troubles: Vec::new(),
             walks: Walks::default(),
+            seek: Seek::default(),
             confirmed: HashSet::new(),
         };
         looker.take_listing();
@@ -167,7 +171,7 @@ impl Looker {
         match self.unexplained_opens(files) {
             Unexplained::None => {}
             Unexplained::Young => self.scan(&Depth::Changed, &wanted),
-            Unexplained::Old => self.walk_all(&wanted, true),
+            Unexplained::Old => self.walk_for_opener(&wanted),
         }
         self.explain(&HashSet::new(), &wanted);
         self.sample()
@@ -354,6 +358,7 @@ impl Looker {
         let mapped_by = self.mapped_by(image.file);
         let mounted_on = image.device.and_then(|d| self.storage.mounts()?.on_device(d, &image.resolved));
         let mounted_on = mounted_on.map(|m| &m.point);
+        let sought = self.is_sought(&image.resolved);
         let layer = self.layers.get(&*image.resolved).copied().flatten();
         let loop_devices = || loops.iter().filter(|(file, _)| *file == image.file).map(|(_, device)| device);
         let says_the_same = |b: &&Arc<ImageSample>| {
@@ -363,6 +368,7 @@ impl Looker {
                 && b.mapped_by == mapped_by
                 && b.mounted_on.as_ref() == mounted_on
                 && b.layer == layer
+                && b.sought == sought
                 && b.loop_devices.iter().eq(loop_devices())
         };
         if let Some(before) = before.filter(says_the_same) {
@@ -375,6 +381,7 @@ impl Looker {
             mapped_by: mapped_by.to_vec(),
             mounted_on: mounted_on.cloned(),
             layer,
+            sought,
             loop_devices: loop_devices().cloned().collect(),
             ..ImageSample::clone(image)
         };

@@ -4,6 +4,7 @@
 //! processes whose number of descriptors changed next, and everything only when the caller cannot explain a lock
 //! otherwise. A pid with another start time is another process, here and in every cache.
 
+mod aside;
 mod known;
 
 use std::collections::{HashMap, HashSet};
@@ -11,6 +12,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use aside::Aside;
+pub(super) use aside::Wake;
 use known::{Known, KnownProcess};
 
 use super::sample::DeletedImage;
@@ -44,6 +47,8 @@ pub(super) struct Search {
     roots: Arc<Roots>,
     users: Arc<Users>,
     crew: Crew<i32>,
+    aside: Aside,
+    cores: u32,
     seen: HashMap<i32, Seen>,
     /// The processes as they were listed last, and what `/proc/loadavg` said before: while it says the same, none has
     /// started or ended.
@@ -82,10 +87,13 @@ impl Search {
     pub(super) fn new(roots: Roots) -> Self {
         let users = Arc::new(Users::read(Path::new("/etc/passwd")));
         let (roots, crew) = (Arc::new(roots), Crew::new(PATIENCE));
+        let cores = std::thread::available_parallelism().ok().and_then(|n| u32::try_from(n.get()).ok()).unwrap_or(1);
         Self {
             roots,
             users,
             crew,
+            aside: Aside::default(),
+            cores,
             seen: HashMap::new(),
             known: HashMap::new(),
             altered: HashSet::new(),
@@ -261,13 +269,15 @@ impl Search {
         turn.into_iter().collect()
     }
 
+    /// Whether the kernel itself can be asked who has which file open.
+    pub(super) fn can_name(&mut self) -> bool {
+        self.roots.is_host() && self.task_files.get_or_insert_with(|| TaskFiles::load_if_allowed().ok()).is_some()
+    }
+
     /// The descriptors of each process that lead to files with these numbers, or to deleted ones, as the kernel itself
     /// tells; `None` where it cannot be asked.
     fn named(&mut self, numbers: &HashSet<FileId>) -> Option<HashMap<i32, Vec<i32>>> {
-        if !self.roots.is_host() {
-            return None;
-        }
-        let task_files = self.task_files.get_or_insert_with(|| TaskFiles::load_if_allowed().ok()).as_mut()?;
+        let task_files = if self.can_name() { self.task_files.as_mut()?.as_mut()? } else { return None };
         let mut named: HashMap<i32, Vec<i32>> = HashMap::new();
         let pass = task_files.each(|open| {
             let number = FileId { device: open.device, inode: open.inode };
@@ -288,24 +298,7 @@ impl Search {
     ) -> Vec<Option<Walked>> {
         let (roots, wanted, named) = (Arc::clone(&self.roots), Arc::clone(wanted), named.map(Arc::new));
         let questions = entries.iter().map(|e| (e.pid, ())).collect();
-        self.crew.ask(questions, move |pid, ()| {
-            let is_wanted = |s: &FileStatus| wanted.contains(&s.id) || (s.links == 0 && s.kind == FileKind::Regular);
-            // Counted first: what is opened during the walk then shows as a change.
-            let count = descriptors::count(&roots, pid).unwrap_or_default();
-            let listed = match named.as_ref().zip(descriptors::may_be_read(&roots, pid)) {
-                Some((_, false)) => Err(NotListed::Hidden),
-                Some((named, true)) => {
-                    let fds = named.get(&pid).into_iter().flatten();
-                    let listed = fds.map(|fd| descriptors::of_one(&roots, pid, *fd, &is_wanted));
-                    listed.filter_map(Result::transpose).collect()
-                }
-                None if named.is_some() && count == 0 => Ok(Vec::new()),
-                None => descriptors::of_process(&roots, pid, &is_wanted),
-            };
-            let hidden = matches!(listed, Err(NotListed::Hidden));
-            let is_kernel_thread = hidden && process::brief(&roots, pid).is_some_and(|b| b.is_kernel_thread);
-            (count, is_kernel_thread, listed)
-        })
+        self.crew.ask(questions, move |pid, ()| walk_one(&roots, pid, &wanted, named.as_deref()))
     }
 
     fn is_due(&self, entry: &ProcessEntry, depth: &Depth) -> bool {
@@ -324,6 +317,26 @@ impl Search {
 
 /// How many descriptors a process has, whether it is hidden because it is a thread of the kernel, and what was found.
 type Walked = (u64, bool, Result<Vec<OpenDescriptor>, NotListed>);
+
+/// Walks the descriptors of one process; with `named` only those.
+fn walk_one(roots: &Roots, pid: i32, wanted: &HashSet<FileId>, named: Option<&HashMap<i32, Vec<i32>>>) -> Walked {
+    let is_wanted = |s: &FileStatus| wanted.contains(&s.id) || (s.links == 0 && s.kind == FileKind::Regular);
+    // Counted first: what is opened during the walk then shows as a change.
+    let count = descriptors::count(roots, pid).unwrap_or_default();
+    let listed = match named.zip(descriptors::may_be_read(roots, pid)) {
+        Some((_, false)) => Err(NotListed::Hidden),
+        Some((named, true)) => {
+            let fds = named.get(&pid).into_iter().flatten();
+            let listed = fds.map(|fd| descriptors::of_one(roots, pid, *fd, &is_wanted));
+            listed.filter_map(Result::transpose).collect()
+        }
+        None if named.is_some() && count == 0 => Ok(Vec::new()),
+        None => descriptors::of_process(roots, pid, &is_wanted),
+    };
+    let hidden = matches!(listed, Err(NotListed::Hidden));
+    let is_kernel_thread = hidden && process::brief(roots, pid).is_some_and(|b| b.is_kernel_thread);
+    (count, is_kernel_thread, listed)
+}
 
 #[cfg(test)]
 mod tests {
