@@ -184,6 +184,29 @@ mod tests {
     }
 
     #[test]
+    fn who_touches_an_image_waits_after_a_hurried_tick_and_not_after_one_in_its_time() {
+        let path = PathBuf::from("/images/a");
+        let touched = Touched { files: HashSet::from([path.clone()]), ..Touched::default() };
+        let listing = Touched { listing: true, ..Touched::default() };
+        let mut agenda = Agenda::new(Instant::now());
+        // As the sampler does: only what was hurried is followed by a rest.
+        assert!(!agenda.ticked(Instant::now(), HOUR), "the first tick is nobody's doing");
+        agenda.add(touched.clone());
+        assert!(agenda.next() <= Instant::now());
+        assert_eq!(agenda.due(Instant::now()), HashSet::from([path]));
+        agenda.add(listing.clone());
+        assert!(agenda.tick <= Instant::now());
+        assert!(agenda.ticked(Instant::now(), HOUR));
+        agenda.rest(HOUR);
+        agenda.add(touched);
+        agenda.add(listing);
+        let soon = Instant::now() + HOUR / 2;
+        assert!(agenda.due(soon).is_empty() && agenda.tick > soon);
+        agenda.hint = agenda.tick;
+        assert!(agenda.next() > soon);
+    }
+
+    #[test]
     fn touched_files_are_looked_at_again_until_the_lock_must_be_there() {
         let start = Instant::now();
         let mut agenda = Agenda { tick: start + HOUR, hint: start + HOUR, ..Agenda::new(start) };

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use nix::time::{ClockId, clock_gettime};
 
 use super::agenda::Agenda;
 pub use super::agenda::Gap;
@@ -171,9 +172,14 @@ pub enum StartError {
 /// `/proc/locks` and the directories are asked this often between two ticks, in at most this part of one core: with
 /// thousands of locks on the host that is less often.
 const HINT_PAUSE: Duration = Duration::from_millis(80);
-const HINT_SHARE: u32 = 300;
+const HINT_SHARE: u32 = 400;
 /// After a flood of events nobody listens to them for this long.
 const EVENT_REST: Duration = Duration::from_secs(5);
+
+/// The CPU time that this thread has had. On a busy host a question takes long and costs no more than elsewhere.
+fn work_of_thread() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
+}
 
 /// What takes longer holds up those who hear of a lock: it goes on aside.
 const WALK_BUDGET: Duration = Duration::from_millis(10);
@@ -244,6 +250,7 @@ impl Work {
     fn run(mut self) {
         let start = Instant::now();
         let mut agenda = Agenda::new(start);
+        let mut hint_pause = HINT_PAUSE;
         loop {
             let now = Instant::now();
             let (sample, hurried) = if now >= agenda.tick {
@@ -259,11 +266,16 @@ impl Work {
                 // same, and does not pile up.
                 let due = agenda.due(now);
                 let sample = if due.is_empty() { sample } else { self.looker.look_at_touched(&due) };
+                // It has asked all that a hint would.
+                agenda.hint = Instant::now() + hint_pause;
                 (Some(sample), agenda.ticked(now, self.interval))
             } else {
                 if now >= agenda.hint {
+                    let before = work_of_thread();
                     agenda.take_hint(self.looker.hint(), now);
-                    agenda.hint = Instant::now() + HINT_PAUSE.max(now.elapsed() * HINT_SHARE);
+                    let work = work_of_thread().saturating_sub(before);
+                    hint_pause = HINT_PAUSE.max(work * HINT_SHARE);
+                    agenda.hint = Instant::now() + hint_pause;
                 }
                 let due = agenda.due(now);
                 ((!due.is_empty()).then(|| self.looker.look_at_touched(&due)), true)

@@ -189,7 +189,10 @@ impl Looker {
             self.walks.explained.remove(&image.file);
             self.walks.in_vain.remove(&image.file);
         } else if explained {
-            self.walks.explained.insert(image.file, (rows.len(), hash_of_holders(descriptors)));
+            match to_compare(descriptors, rows) {
+                Some(explained) => self.walks.explained.insert(image.file, explained),
+                None => self.walks.explained.remove(&image.file),
+            };
             self.walks.in_vain.remove(&image.file);
         }
         explained
@@ -284,6 +287,18 @@ fn hash_of_holders(descriptors: &[OpenDescriptor]) -> u64 {
     hasher.finish()
 }
 
+/// How many rows fit to which descriptors (their hash). `None` where the rows were read before these took what they have:
+/// their own rows, when they come, must not be taken for somebody else's.
+fn to_compare(descriptors: &[OpenDescriptor], rows: &[LockRecord]) -> Option<(usize, u64)> {
+    let listed = |record: &LockRecord| rows.iter().any(|row| same_range(row, record));
+    let mut held = descriptors.iter().flat_map(|d| &d.locks).filter(|r| r.counts());
+    held.all(listed).then(|| (rows.len(), hash_of_holders(descriptors)))
+}
+
+fn same_range(a: &LockRecord, b: &LockRecord) -> bool {
+    (a.kind, a.mode, a.start, a.end) == (b.kind, b.mode, b.start, b.end)
+}
+
 /// Whether what GETLK found, what descriptors hold and what the table lists tell the same story.
 fn fits(
     found: &BytesFound,
@@ -297,11 +312,10 @@ fn fits(
     if !LockByte::ALL.into_iter().all(|b| held(b) == found.locked.contains(b)) {
         return false;
     }
-    let same = |a: &LockRecord, b: &LockRecord| (a.kind, a.mode, a.start, a.end) == (b.kind, b.mode, b.start, b.end);
     // As many rows of one range as there are owners: with fewer known ones, somebody is missing. POSIX locks are printed
     // behind each descriptor of their process and count once for it.
     let owners = |row: &LockRecord| {
-        let has = |d: &&OpenDescriptor| d.locks.iter().filter(counts).any(|r| same(r, row));
+        let has = |d: &&OpenDescriptor| d.locks.iter().filter(counts).any(|r| same_range(r, row));
         let mut owners: Vec<(i32, i32)> = descriptors
             .iter()
             .filter(has)
@@ -311,11 +325,44 @@ fn fits(
         owners.dedup();
         owners.len()
     };
-    let listed = |row: &LockRecord| owners(row) >= rows.iter().filter(counts).filter(|r| same(r, row)).count();
+    let listed = |row: &LockRecord| owners(row) >= rows.iter().filter(counts).filter(|r| same_range(r, row)).count();
     if !rows.iter().filter(counts).all(listed) {
         return false;
     }
     // Several descriptors may share one description: then they are more than the rows, and could hide another owner. New
     // rows with the same holders as before mean just that.
     !before.is_some_and(|(count, holders)| rows.len() > *count && *holders == hash_of_holders(descriptors))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::monitor::examples::{access, holds, rows};
+
+    #[test]
+    fn one_more_row_of_the_same_range_is_one_more_owner() {
+        let found = BytesFound { locked: access("c/-"), ..BytesFound::default() };
+        let row = rows("c/-", "OFDLCK", -1);
+        let twice = [row.clone(), row.clone()].concat();
+        let one = [holds(42, "c/-")];
+        assert!(fits(&found, &one, &row, None));
+        assert!(!fits(&found, &one, &twice, None));
+        assert!(!fits(&found, &[], &row, None), "nobody has it");
+        // Two descriptors may share one description, which is one row. When a second comes it is somebody else's.
+        let shared = [holds(42, "c/-"), holds(43, "c/-")];
+        let before = to_compare(&shared, &row);
+        assert!(fits(&found, &shared, &row, before.as_ref()));
+        assert!(!fits(&found, &shared, &twice, before.as_ref()));
+    }
+
+    #[test]
+    fn rows_that_come_later_than_their_holder_are_his() {
+        let found = BytesFound { locked: access("cw/w"), ..BytesFound::default() };
+        let holder = [holds(42, "cw/w")];
+        assert!(fits(&found, &holder, &[], None), "the table was read before he locked");
+        assert_eq!(to_compare(&holder, &[]), None);
+        let all = rows("cw/w", "OFDLCK", -1);
+        assert_eq!(to_compare(&holder, &all[1..]), None);
+        assert_eq!(to_compare(&holder, &all).map(|(rows, _)| rows), Some(all.len()));
+    }
 }

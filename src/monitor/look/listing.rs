@@ -112,6 +112,15 @@ impl Looker {
         }
     }
 
+    /// Whether a rest from events is over since this was last asked: then they are listened to again.
+    pub(super) fn has_rested_from_events(&mut self) -> bool {
+        let rested = self.resting_until.take_if(|until| Instant::now() >= *until).is_some();
+        if let Some(watch) = self.watch.as_ref().filter(|_| rested) {
+            watch.listen();
+        }
+        rested
+    }
+
     /// Paths that could not be watched since the last call, in words: changes there show at the next tick only.
     pub fn take_unwatched(&mut self) -> Vec<String> {
         std::mem::take(&mut self.unwatched)

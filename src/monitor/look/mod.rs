@@ -206,10 +206,7 @@ impl Looker {
     pub fn hint(&mut self) -> Hint {
         let recovered = self.storage.has_recovered();
         let listing = self.catalog.refresh(&mut self.storage);
-        let rested = self.resting_until.take_if(|until| Instant::now() >= *until).is_some();
-        if let Some(watch) = self.watch.as_ref().filter(|_| rested) {
-            watch.listen();
-        }
+        let rested = self.has_rested_from_events();
         if listing || rested || recovered {
             self.take_listing();
         }
@@ -230,7 +227,8 @@ impl Looker {
             let mounts = self.storage.refresh(&self.roots);
             self.note(mounts);
             self.storage.forget_unmounted();
-            if self.catalog.refresh(&mut self.storage) {
+            let listing = self.catalog.refresh(&mut self.storage);
+            if self.has_rested_from_events() || listing {
                 self.take_listing();
             }
             self.watch_again();
