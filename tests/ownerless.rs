@@ -251,15 +251,15 @@ fn a_search_that_takes_long_goes_on_aside_and_nobody_is_ruled_out_before_it_is_o
         let first = understood(looker.look(Scope::Everything));
         assert_eq!((first.verdict, first.holders.len()), (Verdict::Unknown, 0));
         assert!(text(&first).contains("still being searched"), "{}", text(&first));
-        loop {
+        let seen = wait_for("the end of the search", || {
             // Looks that come meanwhile neither wait for it nor know better.
             let meanwhile = understood(looker.look(Scope::Everything));
             assert_eq!((meanwhile.verdict, meanwhile.held()), (Verdict::Unknown, first.held()));
-            woken.recv_timeout(Duration::from_secs(60)).unwrap();
-            if let Some(seen) = looker.take_search().map(understood).filter(|i| i.verdict != Verdict::Unknown) {
-                return (looker, seen);
-            }
-        }
+            looker.hint();
+            woken.recv_timeout(Duration::from_millis(50)).ok()?;
+            looker.take_search().map(understood).filter(|i| i.verdict != Verdict::Unknown)
+        });
+        (looker, seen)
     };
     let (_, seen) = searched(&mapped);
     assert_eq!(seen.verdict, Verdict::HeldByKernel);

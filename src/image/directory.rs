@@ -51,7 +51,11 @@ pub(super) fn look(shown: &Path, resolved: &Path, known: Option<Arc<Directory>>)
     };
     match known {
         Some(known) if known.is_current(&now) => Seen::Current(known),
-        _ => Seen::Listed(Arc::new(Directory::list(shown, resolved, &now))),
+        known => {
+            let mut listed = Directory::list(shown, resolved, &now);
+            known.iter().for_each(|known| listed.share_paths(known));
+            Seen::Listed(Arc::new(listed))
+        }
     }
 }
 
@@ -113,6 +117,17 @@ impl Directory {
         Ok(())
     }
 
+    /// Paths that were known before are kept: others have them too.
+    fn share_paths(&mut self, known: &Self) {
+        for image in &mut self.images {
+            let Ok(i) = known.images.binary_search_by(|k| k.path.cmp(&image.path)) else { continue };
+            let known = &known.images[i];
+            if known.resolved == image.resolved {
+                *image = Arc::new(Entry { status: image.status, ..Entry::clone(known) });
+            }
+        }
+    }
+
     pub(super) fn lists_the_same(&self, other: &Self) -> bool {
         self.id == other.id
             && self.below == other.below
@@ -139,4 +154,26 @@ pub(super) fn follow(link: &Path, shown: PathBuf) -> Option<Arc<Entry>> {
 pub(super) fn same_files(a: &[Arc<Entry>], b: &[Arc<Entry>]) -> bool {
     let same = |a: &Entry, b: &Entry| a.path == b.path && a.resolved == b.resolved && a.status.id == b.status.id;
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b) || same(a, b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_that_is_listed_again_keeps_its_paths_and_not_what_was_known_of_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let list = |known| match look(dir.path(), dir.path(), known) {
+            Seen::Listed(listed) => listed,
+            other => panic!("{other:?}"),
+        };
+        std::fs::write(dir.path().join("a"), "").unwrap();
+        let first = list(None);
+        std::fs::write(dir.path().join("a"), "longer").unwrap();
+        std::fs::write(dir.path().join("b"), "").unwrap();
+        let again = list(Some(Arc::clone(&first)));
+        assert_eq!(again.images.iter().map(|e| e.status.size).collect::<Vec<_>>(), [6, 0]);
+        assert!(Arc::ptr_eq(&again.images[0].path, &first.images[0].path));
+        assert!(Arc::ptr_eq(&first.images[0].path, &first.images[0].resolved), "and one path is enough");
+    }
 }

@@ -38,6 +38,12 @@ impl<K: Clone + Eq + Hash + Send + 'static> Crew<K> {
         Self { lanes: Lanes::new(patience), threads, next: threads as u64, free, silent: HashMap::new() }
     }
 
+    /// How many ask at once, at most.
+    #[must_use]
+    pub fn threads(&self) -> u32 {
+        u32::try_from(self.threads).unwrap_or(u32::MAX)
+    }
+
     /// How many do not answer now.
     #[must_use]
     pub fn silent(&self) -> usize {

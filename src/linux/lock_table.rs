@@ -143,7 +143,7 @@ impl LockLines {
 /// Replaces `text` by what `source` says, and tells whether that is anything else. Compared while it is read: it may be
 /// long, and one copy of it is enough.
 fn read_into(mut source: impl Read, text: &mut Vec<u8>) -> io::Result<bool> {
-    // The kernel gives no more at once.
+    // The kernel gives a page at once.
     let mut page = [0; 4096];
     let (mut so_far, mut changed) = (0, false);
     loop {

@@ -35,17 +35,32 @@ const LOOK_AGAIN: [Duration; 5] = [
     Duration::from_millis(70),
     Duration::from_millis(200),
 ];
-/// After a look that took some time the next hurried one waits this many times as long: events take a fifth of a core at
-/// most, and half of one while looks are so slow that the wait would be felt.
+/// After hurried looks the next one waits this many times as long as they took: events take a fifth of a core at most, and
+/// half of one while looks are so slow that the wait would be felt.
 const REST: u32 = 4;
+/// So much work is no reason to wait: one look that takes long must not hold up the next.
+const BURST: Duration = Duration::from_millis(100);
 const LONGEST_REST: Duration = Duration::from_millis(150);
 /// Between two lines about gaps.
 const GAP_PAUSE: Duration = Duration::from_secs(1);
 const SHORTEST_REST: Duration = Duration::from_millis(5);
 
-/// How long to wait after a look before a hurried one.
-fn rest_after(look: Duration) -> Duration {
-    (look * REST).min(LONGEST_REST.max(look)).max(SHORTEST_REST)
+/// The work of hurried looks that was not yet followed by as much rest as it takes.
+struct Debt {
+    work: Duration,
+    since: Instant,
+}
+
+impl Debt {
+    /// Adds a look that took so long and is over now. Returns how long to wait before the next hurried one.
+    fn add(&mut self, look: Duration, now: Instant) -> Duration {
+        let longest = LONGEST_REST.max(look);
+        let paid = now.duration_since(self.since) / (REST + 1);
+        // What no rest would make up for is forgotten.
+        self.work = (self.work.saturating_sub(paid) + look).min(BURST + longest / REST);
+        self.since = now;
+        (self.work.saturating_sub(BURST) * REST).clamp(SHORTEST_REST, longest)
+    }
 }
 
 /// How many of `all` are to be looked at now, if each is to have its turn within `round`, and at least `least` of them have
@@ -66,6 +81,7 @@ pub(super) struct Agenda {
     files: BTreeMap<Instant, HashSet<PathBuf>>,
     /// No hurried look before this.
     rested: Instant,
+    debt: Debt,
     /// What is to be told as a gap, and how often it happened.
     gaps: BTreeMap<Gap, u32>,
     /// The next time gaps are told: many of a kind are one line.
@@ -80,6 +96,7 @@ impl Agenda {
             hint: now,
             files: BTreeMap::new(),
             rested: now,
+            debt: Debt { work: Duration::ZERO, since: now },
             gaps: BTreeMap::new(),
             gaps_due: now,
         }
@@ -136,7 +153,8 @@ impl Agenda {
     /// A hurried look has taken so much work. Ticks that come in their own time need no rest: whoever takes a lock just
     /// then would wait for it.
     pub(super) fn rest(&mut self, work: Duration) {
-        self.rested = Instant::now() + rest_after(work);
+        let now = Instant::now();
+        self.rested = now + self.debt.add(work, now);
     }
 
     /// What the cheap question found: locks can change without an open, and lists without inotify.
@@ -171,9 +189,25 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3600);
 
     #[test]
-    fn the_rest_after_a_look_is_long_enough_and_not_felt() {
-        let rest = |millis| rest_after(Duration::from_millis(millis)).as_millis();
-        assert_eq!([rest(0), rest(1), rest(10), rest(100), rest(1000)], [5, 5, 40, 150, 1000]);
+    fn one_slow_look_holds_up_nobody_and_many_take_a_fifth_of_a_core() {
+        let start = Instant::now();
+        let debt = || Debt { work: Duration::ZERO, since: start };
+        let rest = |millis| debt().add(Duration::from_millis(millis), start).as_millis();
+        assert_eq!([rest(0), rest(1), rest(100), rest(120), rest(1000)], [5, 5, 5, 80, 1000]);
+        for (look, share) in [(2, 0.1..0.29), (10, 0.1..0.25), (30, 0.1..0.25), (400, 0.4..0.51)] {
+            let look = Duration::from_millis(look);
+            let (mut debt, mut now, mut work) = (debt(), start, Duration::ZERO);
+            while now < start + Duration::from_secs(60) {
+                now += look;
+                work += look;
+                now += debt.add(look, now);
+            }
+            let part = work.as_secs_f64() / now.duration_since(start).as_secs_f64();
+            assert!(share.contains(&part), "{look:?} back to back: {part}");
+        }
+        // And it is forgotten soon.
+        let mut debt = Debt { work: BURST * 2, since: start };
+        assert_eq!(debt.add(Duration::from_millis(5), start + Duration::from_secs(2)), SHORTEST_REST);
     }
 
     #[test]
@@ -197,6 +231,7 @@ mod tests {
         agenda.add(listing.clone());
         assert!(agenda.tick <= Instant::now());
         assert!(agenda.ticked(Instant::now(), HOUR));
+        // Longer than anybody's burst.
         agenda.rest(HOUR);
         agenda.add(touched);
         agenda.add(listing);

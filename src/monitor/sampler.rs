@@ -176,9 +176,9 @@ const HINT_SHARE: u32 = 400;
 /// After a flood of events nobody listens to them for this long.
 const EVENT_REST: Duration = Duration::from_secs(5);
 
-/// The CPU time that this thread has had. On a busy host a question takes long and costs no more than elsewhere.
-fn work_of_thread() -> Duration {
-    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
+/// The CPU time that our threads have had: on a busy host, or one whose cores sleep, a question takes longer than it costs.
+fn work_of_all() -> Duration {
+    clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map(Duration::from).unwrap_or_default()
 }
 
 /// What takes longer holds up those who hear of a lock: it goes on aside.
@@ -271,9 +271,10 @@ impl Work {
                 (Some(sample), agenda.ticked(now, self.interval))
             } else {
                 if now >= agenda.hint {
-                    let before = work_of_thread();
+                    let before = work_of_all();
                     agenda.take_hint(self.looker.hint(), now);
-                    let work = work_of_thread().saturating_sub(before);
+                    // While we wait for each other it is no more than the time; what goes on aside is not part of it.
+                    let work = work_of_all().saturating_sub(before).min(now.elapsed());
                     hint_pause = HINT_PAUSE.max(work * HINT_SHARE);
                     agenda.hint = Instant::now() + hint_pause;
                 }
@@ -285,8 +286,7 @@ impl Work {
                 if hurried {
                     agenda.rest(work);
                 }
-                self.looker.take_unwatched().into_iter().for_each(|text| agenda.gap(Gap::anywhere(text)));
-                self.out.publish(sample, agenda.take_gaps());
+                self.publish(sample, &mut agenda);
             }
             let wait = agenda.next().saturating_duration_since(Instant::now());
             match self.inbox.recv_timeout(wait) {
@@ -310,7 +310,9 @@ impl Work {
                 }
                 Ok(Order::Searched) => {
                     if let Some(sample) = self.looker.take_search() {
-                        self.out.publish(sample, agenda.take_gaps());
+                        // Nobody's doing, and followed by no rest.
+                        self.looker.take_slept();
+                        self.publish(sample, &mut agenda);
                     }
                 }
                 Ok(Order::Look) => agenda.tick = Instant::now(),
@@ -322,6 +324,13 @@ impl Work {
                 Ok(Order::Stop) | Err(RecvTimeoutError::Disconnected) => return,
             }
         }
+    }
+}
+
+impl Work {
+    fn publish(&mut self, sample: Sample, agenda: &mut Agenda) {
+        self.looker.take_unwatched().into_iter().for_each(|text| agenda.gap(Gap::anywhere(text)));
+        self.out.publish(sample, agenda.take_gaps());
     }
 }
 

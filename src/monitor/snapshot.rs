@@ -181,6 +181,9 @@ pub struct Image {
     pub filesystem: Filesystem,
     /// What can be said of its locks.
     pub verdict: Verdict,
+    /// Who holds it is still being sought.
+    #[serde(default)]
+    pub sought: bool,
     /// Since when its storage has not answered.
     pub stalled_since: Option<Timestamp>,
     /// All ten bytes, in order.

@@ -36,6 +36,7 @@ pub(super) fn understand(image: &ImageSample, sample: &Sample) -> Image {
             remote: mount.is_some_and(|m| m.reach == Reach::Remote),
         },
         verdict,
+        sought: image.sought,
         stalled_since: match image.answer {
             Answer::Stalled(since) => Some(since),
             _ => None,
@@ -221,6 +222,21 @@ mod tests {
     }
 
     fn same(_: &mut Sample) {}
+
+    #[test]
+    fn while_its_holder_is_sought_nobody_is_ruled_out() {
+        for reach in [Reach::Local, Reach::Remote, Reach::Fuse] {
+            let sought = ImageSample { mount: Some(mount("any", reach)), sought: true, ..image("a", "cw/w") };
+            for unlisted in [ImageSample { table_rows: Arc::default(), ..sought.clone() }, sought.clone()] {
+                let (verdict, seen) = verdict_of(unlisted, same);
+                assert_eq!((verdict, seen.ownerless()), (Verdict::Unknown, access("cw/w")));
+                assert!(seen.findings.iter().any(|f| f.text.contains("still being searched")), "{:?}", seen.findings);
+            }
+            // Somebody may be sought besides those who are known.
+            let (verdict, _) = verdict_of(ImageSample { descriptors: vec![holds(42, "cw/w")], ..sought }, same);
+            assert_eq!(verdict, Verdict::Held);
+        }
+    }
 
     #[test]
     fn a_held_byte_with_a_holder_is_held_and_without_a_lock_it_is_free() {

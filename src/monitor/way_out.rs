@@ -107,6 +107,9 @@ fn after_refusal(snapshot: &Snapshot, image: &Image, operation: &Operation, refu
             Verdict::Unknown if !holder.openers.is_empty() => {
                 format!("the holder cannot be told; here {} has it open, and may be the one", openers_text(holder))
             }
+            Verdict::Unknown if holder.sought => {
+                "all processes are still being searched for the holder: ask again in a few seconds".to_owned()
+            }
             _ => "the holder cannot be seen: run qlock-top as root on the host itself".to_owned(),
         });
         ways.extend(advice_for_ownerless(holder).map(|a| format!("look with: {}", a.inspect)));
@@ -229,6 +232,13 @@ mod tests {
         let unlocked = ImageSample { descriptors: vec![unlocked], ..image("a.qcow2", "-/-") };
         let ways = ways("create", unlocked, |_| ());
         assert!(ways[0].starts_with("do not run it") && ways[1].contains("first stop web01"), "{ways:?}");
+    }
+
+    #[test]
+    fn a_holder_that_is_still_sought_is_asked_for_again() {
+        let sought = ImageSample { sought: true, ..image("a.qcow2", "cw/w") };
+        let ways = ways("vm", sought, |_| ());
+        assert!(ways[0].ends_with("ask again in a few seconds"), "{ways:?}");
     }
 
     #[test]

@@ -20,13 +20,16 @@ use crate::linux::lock_table::{LockKind, LockRecord};
 use crate::linux::probe::BytesFound;
 use crate::protocol::LockByte;
 
-/// Whether everything has been walked, how long that took, and what it was for.
+/// Whether everything has been walked, how long that takes, and what it was for.
 #[derive(Default)]
 pub(super) struct Walks {
     done: bool,
+    /// The last time that everybody was looked at, by a walk through `/proc` or by what the kernel names.
     cost: Duration,
-    /// The locks that a whole walk could not explain, and when: the same ones are not walked for at every look.
-    pub(super) in_vain: HashMap<FileId, (Instant, Answer, Arc<[LockRecord]>)>,
+    /// The last walk through `/proc`.
+    whole: Duration,
+    /// The locks that whole walks could not explain, and when: the same ones are not walked for at every look.
+    in_vain: HashMap<FileId, (Instant, Answer, Arc<[LockRecord]>)>,
     /// When it is next looked whether somebody has opened or received something, as long as there are such.
     recount_at: Option<Instant>,
     /// How many rows last fitted to which descriptors (their hash).
@@ -34,7 +37,7 @@ pub(super) struct Walks {
 }
 
 /// Whole walks for locks that the last walk did not explain take at most this part of the time.
-const WALK_SHARE: u32 = 100;
+pub(super) const WALK_SHARE: u32 = 100;
 
 /// To count everybody's descriptors costs less than to look at them.
 const RECOUNT_PAUSE: Duration = Duration::from_secs(1);
@@ -45,7 +48,7 @@ const WALK_PAUSE: Duration = Duration::from_secs(10);
 const ATTEMPTS: usize = 4;
 
 /// As long as the kernel takes to close the files of a process that has ended.
-const CLOSING: Duration = Duration::from_millis(5);
+pub(super) const CLOSING: Duration = Duration::from_millis(5);
 
 /// A program opens an image a few milliseconds before it locks it. Who has it open for longer without a lock means to.
 const OPENING: Duration = Duration::from_millis(25);
@@ -80,10 +83,21 @@ impl Walks {
         !self.done
     }
 
-    /// A walk has taken so long.
-    pub(super) fn took(&mut self, cost: Duration) {
-        self.cost = cost;
-        self.done = true;
+    /// A walk through `/proc` has taken so long.
+    pub(super) fn whole(&mut self, cost: Duration) {
+        (self.whole, self.cost) = (cost, cost);
+    }
+
+    /// Nobody was found who holds what is locked there.
+    pub(super) fn give_up(&mut self, image: &ImageSample) {
+        let vain = (Instant::now(), image.answer.clone(), Arc::clone(&image.table_rows));
+        self.in_vain.insert(image.file, vain);
+    }
+
+    /// When it was given up to look who holds the very same locks.
+    fn given_up_at(&self, image: &ImageSample) -> Option<Instant> {
+        let (at, answer, rows) = self.in_vain.get(&image.file)?;
+        (*answer == image.answer && *rows == image.table_rows).then_some(*at)
     }
 
     /// Forgets what is no longer watched.
@@ -94,12 +108,13 @@ impl Walks {
 
     /// The time between two whole walks for the same lock.
     fn pause(&self) -> Duration {
-        WALK_PAUSE.max(self.cost * WALK_SHARE)
+        WALK_PAUSE.max(self.whole * WALK_SHARE)
     }
 }
 
 impl Looker {
-    /// Goes on searching until each lock of each image has a holder or it is certain that none can be found.
+    /// Goes on searching until each lock of each image has a holder, or it is certain that none can be found, or only
+    /// walks can help that are too long to wait for.
     ///
     /// Of every image, not of those alone that were just asked: a process that has ended or gone on leaves others without
     /// a holder, too.
@@ -108,7 +123,7 @@ impl Looker {
         if !self.walks.in_vain.is_empty() && self.walks.recount_at.is_none_or(|at| Instant::now() >= at) {
             // A descriptor in flight arrives without a word.
             let started = Instant::now();
-            self.scan(&Depth::Changed, wanted);
+            self.scan(Depth::Changed, wanted);
             let pause = RECOUNT_PAUSE.max(started.elapsed() * WALK_SHARE);
             self.walks.recount_at = Some(Instant::now() + pause);
         }
@@ -127,14 +142,19 @@ impl Looker {
             if open.is_empty() {
                 return;
             }
-            let quickly = attempt == 1;
             if attempt == 0 {
-                self.scan(&Depth::Changed, wanted);
-            } else if self.must_walk_aside() && !(quickly && self.search.can_name()) && self.seek(&open, wanted) {
-                return;
+                self.scan(Depth::Changed, wanted);
             } else {
+                // What is sought already is neither sought nor walked for once more.
+                open.retain(|e| !self.is_sought(&e.resolved));
                 // What the kernel names is enough to find a holder, and not to say that there is none.
-                self.walk_all(wanted, quickly);
+                let named = attempt == 1 && !open.is_empty() && self.walk_named(wanted);
+                if !named && self.must_walk_aside() {
+                    return self.seek(&open);
+                }
+                if !named {
+                    self.walk_all(wanted);
+                }
                 // A process that ends has no descriptors any more while the kernel still closes them one by one, and
                 // nothing tells when it has done.
                 std::thread::sleep(CLOSING);
@@ -147,34 +167,22 @@ impl Looker {
         }
         open.retain(|e| !self.is_explained(&e.resolved));
         self.look_for_mappings(&open);
-        for image in open.iter().filter_map(|e| self.images.get(&e.resolved)) {
-            let vain = (Instant::now(), image.answer.clone(), image.table_rows.clone());
-            self.walks.in_vain.insert(image.file, vain);
-        }
+        open.iter().filter_map(|e| self.images.get(&e.resolved)).for_each(|image| self.walks.give_up(image));
     }
 
     fn is_open(&mut self, entry: &Entry) -> bool {
-        !self.is_explained(&entry.resolved)
-            && !self.was_in_vain(&entry.resolved)
-            && !self.is_sought_aside(&entry.resolved)
+        !self.is_explained(&entry.resolved) && !self.was_in_vain(&entry.resolved)
     }
 
-    /// Whether a whole walk has not explained the very same locks a short while ago.
+    /// Whether walks have not explained the very same locks a short while ago.
     fn was_in_vain(&self, resolved: &Path) -> bool {
-        let Some(image) = self.images.get(resolved) else { return false };
-        let known = self.walks.in_vain.get(&image.file);
-        known.is_some_and(|(at, answer, rows)| {
-            at.elapsed() < self.walks.pause() && *answer == image.answer && *rows == image.table_rows
-        })
+        let given_up_at = self.images.get(resolved).and_then(|image| self.walks.given_up_at(image));
+        given_up_at.is_some_and(|at| at.elapsed() < self.walks.pause())
     }
 
-    /// Whether whole walks have not explained the very same locks, however long ago.
-    pub(super) fn was_concluded(&self, resolved: &Path) -> bool {
-        let known = |image: &Arc<ImageSample>| {
-            let (_, answer, rows) = self.walks.in_vain.get(&image.file)?;
-            Some(*answer == image.answer && *rows == image.table_rows)
-        };
-        self.images.get(resolved).and_then(known).unwrap_or_default()
+    /// Whether walks have not explained the very same locks, however long ago.
+    pub(super) fn was_concluded(&self, image: &ImageSample) -> bool {
+        self.walks.given_up_at(image).is_some()
     }
 
     /// Whether each held byte has a holder, each holder's byte is held, and the table lists no lock of which we know no
@@ -189,11 +197,17 @@ impl Looker {
             self.walks.explained.remove(&image.file);
             self.walks.in_vain.remove(&image.file);
         } else if explained {
+            let before = self.walks.explained.get(&image.file);
             match to_compare(descriptors, rows) {
-                Some(explained) => self.walks.explained.insert(image.file, explained),
-                None => self.walks.explained.remove(&image.file),
-            };
+                Some(explained) => drop(self.walks.explained.insert(image.file, explained)),
+                // A row was missed, and what is remembered of the same holders stays.
+                None if before.is_some_and(|(_, holders)| *holders == hash_of_holders(descriptors)) => {}
+                None => drop(self.walks.explained.remove(&image.file)),
+            }
             self.walks.in_vain.remove(&image.file);
+        }
+        if explained {
+            self.seek.found(resolved);
         }
         explained
     }
@@ -237,20 +251,39 @@ impl Looker {
     }
 
     /// Looks at all processes for one who has opened an image and has not locked it.
-    pub(super) fn walk_for_opener(&mut self, wanted: &Arc<HashSet<FileId>>) {
-        let aside = self.must_walk_aside() && !self.search.can_name();
-        if !aside || !(self.search.is_walking() || self.walk_aside(wanted)) {
-            self.walk_all(wanted, true);
+    pub(super) fn look_for_opener(&mut self, wanted: &Arc<HashSet<FileId>>) {
+        if self.walk_named(wanted) {
+            return;
         }
+        if self.must_walk_aside() { self.seek_opener() } else { self.walk_all(wanted) }
     }
 
-    /// Walks all processes; `quickly` if possible, which leaves out descriptors that move meanwhile.
-    pub(super) fn walk_all(&mut self, wanted: &Arc<HashSet<FileId>>, quickly: bool) {
+    /// Looks at all processes for the first time.
+    pub(super) fn walk_first(&mut self, wanted: &Arc<HashSet<FileId>>) {
+        if !self.walk_named(wanted) {
+            self.walk_all(wanted);
+        }
+        self.walks.done = true;
+    }
+
+    /// Walks all processes through `/proc`.
+    fn walk_all(&mut self, wanted: &Arc<HashSet<FileId>>) {
         let started = Instant::now();
-        let numbers = if quickly { self.kernel_numbers() } else { None };
-        self.scan(&numbers.map_or(Depth::All, Depth::Named), wanted);
-        self.walks.took(started.elapsed());
+        self.scan(Depth::All, wanted);
+        self.walks.whole(started.elapsed());
         self.walks.keep_only(wanted);
+    }
+
+    /// Has the kernel name the descriptors of all processes that lead to images, where it can; those that move meanwhile
+    /// may be missed.
+    fn walk_named(&mut self, wanted: &Arc<HashSet<FileId>>) -> bool {
+        let Some(numbers) = self.kernel_numbers() else { return false };
+        let started = Instant::now();
+        let named = self.search.scan_named(&numbers, wanted);
+        self.walks.cost = started.elapsed();
+        let was_named = *named.as_ref().unwrap_or(&true);
+        self.note(named.map(drop));
+        was_named
     }
 
     /// The numbers by which the kernel itself knows the images; `None` where it may know one of them by others.

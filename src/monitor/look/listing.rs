@@ -112,8 +112,18 @@ impl Looker {
         }
     }
 
+    /// Takes over the list where it is another, or where what could not be watched before can be now. Returns whether it
+    /// is another.
+    pub(super) fn follow_listing(&mut self, recovered: bool) -> bool {
+        let listing = self.catalog.refresh(&mut self.storage);
+        if self.has_rested_from_events() || listing || recovered {
+            self.take_listing();
+        }
+        listing
+    }
+
     /// Whether a rest from events is over since this was last asked: then they are listened to again.
-    pub(super) fn has_rested_from_events(&mut self) -> bool {
+    fn has_rested_from_events(&mut self) -> bool {
         let rested = self.resting_until.take_if(|until| Instant::now() >= *until).is_some();
         if let Some(watch) = self.watch.as_ref().filter(|_| rested) {
             watch.listen();

@@ -162,16 +162,16 @@ impl Looker {
         if !changed.is_empty() {
             return self.look(Scope::Files(&changed));
         }
-        let wanted: Arc<HashSet<FileId>> = Arc::new(self.images.values().map(|i| i.file).collect());
+        let wanted = self.wanted();
         let touched: HashSet<FileId> =
             files.iter().filter_map(|f| self.images.get(f.as_path())).map(|i| i.file).collect();
         self.search.refresh(&touched);
         // Most often it is a program that was just started.
-        self.scan(&Depth::New, &wanted);
+        self.scan(Depth::New, &wanted);
         match self.unexplained_opens(files) {
             Unexplained::None => {}
-            Unexplained::Young => self.scan(&Depth::Changed, &wanted),
-            Unexplained::Old => self.walk_for_opener(&wanted),
+            Unexplained::Young => self.scan(Depth::Changed, &wanted),
+            Unexplained::Old => self.look_for_opener(&wanted),
         }
         self.explain(&HashSet::new(), &wanted);
         self.sample()
@@ -205,11 +205,8 @@ impl Looker {
     /// `/proc/locks` than when they were last looked at. Nothing is believed because of it; it says where to look.
     pub fn hint(&mut self) -> Hint {
         let recovered = self.storage.has_recovered();
-        let listing = self.catalog.refresh(&mut self.storage);
-        let rested = self.has_rested_from_events();
-        if listing || rested || recovered {
-            self.take_listing();
-        }
+        let listing = self.follow_listing(recovered);
+        self.go_on_seeking();
         self.read_table();
         let version = Some(self.table.version());
         let mut files = HashSet::new();
@@ -227,10 +224,9 @@ impl Looker {
             let mounts = self.storage.refresh(&self.roots);
             self.note(mounts);
             self.storage.forget_unmounted();
-            let listing = self.catalog.refresh(&mut self.storage);
-            if self.has_rested_from_events() || listing {
-                self.take_listing();
-            }
+            let recovered = self.storage.has_recovered();
+            self.follow_listing(recovered);
+            self.go_on_seeking();
             self.watch_again();
             let replaced = self.catalog.take_replaced().into_iter().map(|path| {
                 let path = crate::text::escape_path(&path).into_owned();
@@ -244,16 +240,16 @@ impl Looker {
             Scope::Files(paths) => self.entries.iter().filter(|e| paths.contains(&*e.resolved)).cloned().collect(),
         };
         let changed = self.ask(&mut targets);
-        let wanted: Arc<HashSet<FileId>> = Arc::new(self.images.values().map(|i| i.file).collect());
+        let wanted = self.wanted();
         self.search.keep_only(&wanted);
         match scope {
             Scope::Everything => self.search.refresh_in_turn(&changed),
             Scope::Files(_) => self.search.refresh(&self.ids(&targets)),
         }
         match scope {
-            _ if self.walks.is_first() => self.walk_all(&wanted, true),
-            Scope::Everything => self.scan(&Depth::InTurn, &wanted),
-            Scope::Files(_) => self.scan(&Depth::New, &wanted),
+            _ if self.walks.is_first() => self.walk_first(&wanted),
+            Scope::Everything => self.scan(Depth::InTurn, &wanted),
+            Scope::Files(_) => self.scan(Depth::New, &wanted),
         }
         self.explain(&changed, &wanted);
         if let Scope::Everything = scope {
@@ -264,7 +260,12 @@ impl Looker {
         self.sample()
     }
 
-    fn scan(&mut self, depth: &Depth, wanted: &Arc<HashSet<FileId>>) {
+    /// The files behind the images.
+    fn wanted(&self) -> Arc<HashSet<FileId>> {
+        Arc::new(self.images.values().map(|i| i.file).collect())
+    }
+
+    fn scan(&mut self, depth: Depth, wanted: &Arc<HashSet<FileId>>) {
         let result = self.search.scan(depth, wanted);
         self.note(result);
     }
@@ -356,7 +357,8 @@ impl Looker {
         let mapped_by = self.mapped_by(image.file);
         let mounted_on = image.device.and_then(|d| self.storage.mounts()?.on_device(d, &image.resolved));
         let mounted_on = mounted_on.map(|m| &m.point);
-        let sought = self.is_sought(&image.resolved);
+        // What was found out before stands while the same is sought anew.
+        let sought = self.is_sought(&image.resolved) && !self.was_concluded(image);
         let layer = self.layers.get(&*image.resolved).copied().flatten();
         let loop_devices = || loops.iter().filter(|(file, _)| *file == image.file).map(|(_, device)| device);
         let says_the_same = |b: &&Arc<ImageSample>| {

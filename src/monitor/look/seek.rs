@@ -1,7 +1,7 @@
 //! Who holds a lock that nobody known holds, and is not found at once?
 //!
-//! Only a walk through all processes can say that nobody does. On a host with many that takes longer than others can
-//! wait: it goes on aside, and until it has come to its end twice nothing is said of the holder but that he is sought.
+//! Only walks through all processes can say that nobody does. On a host with many that takes longer than others can wait:
+//! they go on aside, and until two have come to their end without a holder nothing is said of him but that he is sought.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -9,8 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::sample::{Answer, ImageSample, Sample};
-use super::super::search::Wake;
+use super::super::search::{Depth, Wake};
 use super::Looker;
+use super::explain::{CLOSING, WALK_SHARE};
 use crate::image::catalog::Entry;
 use crate::linux::identity::FileId;
 use crate::linux::lock_table::LockRecord;
@@ -18,25 +19,81 @@ use crate::linux::lock_table::LockRecord;
 /// What is sought aside.
 #[derive(Default)]
 pub(super) struct Seek {
-    /// Called when a walk is over, and what walks at most may take that are waited for; `None`: all are waited for.
+    /// Called when a walk is over, and how long one may take that is waited for; `None`: all are waited for.
     aside: Option<(Wake, Duration)>,
     sought: HashMap<Arc<Path>, Sought>,
     /// Those for which the walk goes on.
-    walking_for: Vec<Arc<Path>>,
+    walking_for: HashSet<Arc<Path>>,
+    /// Somebody has opened an image and was not found.
+    for_opener: bool,
+    pace: Pace,
 }
 
-/// A lock without a holder, and how many walks have not found one.
+/// A lock without a holder.
+#[derive(Debug, PartialEq)]
 struct Sought {
-    in_vain: u8,
-    /// The same for whatever lock there was on this image: one that changes all the time is not walked for for ever.
-    in_all: u8,
+    /// How many walks in a row have not found one.
+    walks: u8,
+    file: FileId,
     answer: Answer,
     rows: Arc<[LockRecord]>,
 }
 
 /// A holder who hands the lock to another during a walk is not found by it; by the next one he is.
 const WALKS: u8 = 2;
-const WALKS_IN_ALL: u8 = 4;
+/// What could not be started is tried again after this time.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
+/// How often is it walked? As often as it takes to come to a conclusion, and then not for long: where locks come and go
+/// whose holders may not be seen, there is always something to seek.
+#[derive(Default)]
+struct Pace {
+    in_a_row: u8,
+    rested_at: Option<Instant>,
+    /// From then on, the next walk is the first in a row.
+    forgotten_at: Option<Instant>,
+}
+
+impl Pace {
+    fn is_due(&self, now: Instant) -> bool {
+        self.rested_at.is_none_or(|at| now >= at)
+    }
+
+    fn walked(&mut self, took: Duration, now: Instant) {
+        let first = self.forgotten_at.is_none_or(|at| now >= at);
+        self.in_a_row = if first { 1 } else { self.in_a_row + 1 };
+        let long = took * WALK_SHARE;
+        self.rested_at = Some(now + if self.in_a_row < WALKS { took } else { long });
+        if first {
+            self.forgotten_at = Some(now + long);
+        }
+    }
+
+    fn failed(&mut self, now: Instant) {
+        self.rested_at = Some(now + TRY_AGAIN);
+    }
+}
+
+impl Seek {
+    /// What is locked there has its holders.
+    pub(super) fn found(&mut self, resolved: &Path) {
+        self.sought.remove(resolved);
+    }
+}
+
+impl Sought {
+    fn new(image: &ImageSample) -> Self {
+        Self { walks: 0, file: image.file, answer: image.answer.clone(), rows: Arc::clone(&image.table_rows) }
+    }
+
+    /// A walk has not found a holder of what is locked now. Returns whether that is enough.
+    fn walked_in_vain(&mut self, image: &ImageSample) -> bool {
+        let now = Self { walks: self.walks, ..Self::new(image) };
+        let same = *self == now;
+        *self = Self { walks: if same { self.walks + 1 } else { 0 }, ..now };
+        self.walks >= WALKS
+    }
+}
 
 impl Looker {
     /// Lets walks through all processes that take longer than `patience` go on aside. `wake` is called when one is over:
@@ -50,101 +107,112 @@ impl Looker {
         self.seek.aside.as_ref().is_some_and(|(_, patience)| self.search.estimate() > *patience)
     }
 
-    /// Whether a holder is sought aside and it is not known of the very same locks that there is none.
+    /// Whether the holder of what is locked is sought aside.
     pub(super) fn is_sought(&self, resolved: &Path) -> bool {
-        self.seek.sought.contains_key(resolved) && !self.was_concluded(resolved)
-    }
-
-    pub(super) fn is_sought_aside(&self, resolved: &Path) -> bool {
         self.seek.sought.contains_key(resolved)
     }
 
-    /// Seeks the holders of what is locked on `open` aside. Returns whether that is possible.
-    pub(super) fn seek(&mut self, open: &[Arc<Entry>], wanted: &Arc<HashSet<FileId>>) -> bool {
+    /// Seeks the holders of what is locked on `open` aside.
+    pub(super) fn seek(&mut self, open: &[Arc<Entry>]) {
         for entry in open {
             let Some(image) = self.images.get(&entry.resolved) else { continue };
-            let (answer, rows) = (image.answer.clone(), Arc::clone(&image.table_rows));
-            self.seek.sought.insert(Arc::clone(&entry.resolved), Sought { in_vain: 0, in_all: 0, answer, rows });
+            self.seek.sought.entry(Arc::clone(&entry.resolved)).or_insert_with(|| Sought::new(image));
         }
-        let can = self.search.is_walking() || self.walk_aside(wanted);
-        if !can {
-            open.iter().for_each(|e| drop(self.seek.sought.remove(&e.resolved)));
-        }
-        can
+        self.go_on_seeking();
     }
 
-    /// Starts a walk for all that is sought, or for nothing but to have everybody seen again.
-    pub(super) fn walk_aside(&mut self, wanted: &Arc<HashSet<FileId>>) -> bool {
-        let Some((wake, _)) = &self.seek.aside else { return false };
-        // A lock without a descriptor may belong to a mapping: that is asked when it is the last walk.
-        let last = |s: &Sought| s.in_vain + 1 >= WALKS || s.in_all + 1 >= WALKS_IN_ALL;
-        let last = self.seek.sought.iter().filter(|(_, s)| last(s));
+    /// Seeks aside whoever has opened an image without locking it.
+    pub(super) fn seek_opener(&mut self) {
+        self.seek.for_opener = true;
+        self.go_on_seeking();
+    }
+
+    /// Starts a walk if there is something to seek and none goes on.
+    pub(super) fn go_on_seeking(&mut self) {
+        let Some((wake, _)) = &self.seek.aside else { return };
+        let now = Instant::now();
+        let nothing = self.seek.sought.is_empty() && !self.seek.for_opener;
+        if nothing || self.search.is_walking() || !self.seek.pace.is_due(now) {
+            return;
+        }
+        // A lock without a descriptor may belong to a mapping: that is asked by the walk that may be the last.
+        let last = self.seek.sought.iter().filter(|(_, s)| s.walks + 1 >= WALKS);
         let mapped = last.filter_map(|(path, _)| Some(self.mapping_of(self.images.get(path)?)?.0)).collect();
         let wake = Arc::clone(wake);
-        self.seek.walking_for = self.seek.sought.keys().cloned().collect();
-        self.search.start_walk(wanted, mapped, wake)
+        if self.search.start_walk(&self.wanted(), mapped, wake) {
+            self.seek.walking_for = self.seek.sought.keys().cloned().collect();
+            self.seek.for_opener = false;
+        } else {
+            self.seek.pace.failed(now);
+        }
     }
 
     /// Takes over what a walk aside has found, and looks again at what it was for. `None` while none is over.
     pub fn take_search(&mut self) -> Option<Sample> {
-        let wanted: Arc<HashSet<FileId>> = Arc::new(self.images.values().map(|i| i.file).collect());
         if !self.search.is_walking() {
             return None;
         }
-        let over = self.search.take_walk(&wanted)?;
+        let wanted = self.wanted();
+        let over = self.search.take_walk(&wanted);
+        if self.search.is_walking() {
+            return None;
+        }
         self.troubles.clear();
-        self.walks.took(over.took);
-        self.walks.keep_only(&wanted);
-        let walked_for: HashSet<Arc<Path>> = std::mem::take(&mut self.seek.walking_for).into_iter().collect();
-        let mut entries: Vec<Arc<Entry>> =
+        let walked_for = std::mem::take(&mut self.seek.walking_for);
+        let mut open: Vec<Arc<Entry>> =
             self.entries.iter().filter(|e| walked_for.contains(&e.resolved)).cloned().collect();
-        self.read_table();
-        let changed = self.ask(&mut entries);
-        self.search.refresh(&self.ids(&entries));
+        let mut changed = HashSet::new();
+        for again in [false, true] {
+            if again {
+                // A process that ends has no descriptors any more while the kernel still closes them.
+                std::thread::sleep(CLOSING);
+                self.slept += CLOSING;
+            }
+            // Who came, or opened something, since the walk began.
+            self.scan(Depth::Changed, &wanted);
+            self.read_table();
+            changed.extend(self.ask(&mut open));
+            self.search.refresh(&self.ids(&open));
+            open.retain(|e| !self.is_explained(&e.resolved));
+            if open.is_empty() {
+                break;
+            }
+        }
         self.seek.sought.retain(|path, _| self.images.contains_key(path));
-        for entry in &entries {
-            self.conclude(&entry.resolved, &over.mapped);
+        match over {
+            Some(over) => {
+                self.walks.whole(over.took);
+                self.walks.keep_only(&wanted);
+                self.seek.pace.walked(over.took, Instant::now());
+                self.note(over.exhausted.map_or(Ok(()), Err));
+                open.iter().for_each(|e| self.conclude(&e.resolved, &over.mapped));
+            }
+            None => self.seek.pace.failed(Instant::now()),
         }
-        if !self.seek.sought.is_empty() && !self.walk_aside(&wanted) {
-            // No thread to be had any more: at the next look they are searched for at once.
-            self.seek.sought.clear();
-        }
+        self.go_on_seeking();
         self.explain(&changed, &wanted);
         Some(self.sample())
     }
 
-    /// What a walk has brought for one image.
+    /// A walk has found no holder for what is locked on this image.
     fn conclude(&mut self, resolved: &Arc<Path>, mapped: &HashMap<FileId, Vec<i32>>) {
-        let explained = self.is_explained(resolved);
-        let Some(image) = self.images.get(resolved).filter(|_| !explained) else {
-            self.seek.sought.remove(resolved);
+        let Some((image, sought)) = self.images.get(resolved).zip(self.seek.sought.get_mut(resolved)) else { return };
+        if !sought.walked_in_vain(image) {
             return;
-        };
-        let Some(sought) = self.seek.sought.get_mut(resolved) else { return };
-        let same = sought.answer == image.answer && sought.rows == image.table_rows;
-        sought.in_vain = if same { sought.in_vain + 1 } else { 0 };
-        sought.in_all += 1;
-        (sought.answer, sought.rows) = (image.answer.clone(), Arc::clone(&image.table_rows));
-        if sought.in_vain >= WALKS || sought.in_all >= WALKS_IN_ALL {
-            let (vain, file) = ((Instant::now(), sought.answer.clone(), Arc::clone(&sought.rows)), image.file);
-            self.seek.sought.remove(resolved);
-            let mappers =
-                self.images.get(resolved).and_then(|i| self.mapping_of(i)).and_then(|(of, _)| mapped.get(&of));
-            match mappers {
-                Some(pids) => self.mapped.insert(file, pids.clone()),
-                None => self.mapped.remove(&file),
-            };
-            self.walks.in_vain.insert(file, vain);
         }
+        let image = Arc::clone(image);
+        self.seek.sought.remove(resolved);
+        match self.mapping_of(&image).and_then(|(of, _)| mapped.get(&of)) {
+            Some(pids) => self.mapped.insert(image.file, pids.clone()),
+            None => self.mapped.remove(&image.file),
+        };
+        self.walks.give_up(&image);
     }
 
     /// A lock without a descriptor may belong to a file that was closed and is mapped still.
     pub(super) fn look_for_mappings(&mut self, ownerless: &[Arc<Entry>]) {
         let files: HashMap<FileId, FileId> =
             ownerless.iter().filter_map(|e| self.mapping_of(self.images.get(&e.resolved)?)).collect();
-        if files.is_empty() {
-            return;
-        }
         let found = self.search.mappings(files.keys().copied().collect());
         self.mapped.retain(|file, _| !files.values().any(|f| f == file));
         self.mapped.extend(found.into_iter().filter_map(|(file, pids)| Some((*files.get(&file)?, pids))));
@@ -156,5 +224,56 @@ impl Looker {
         let device = image.mount.as_ref().map_or(image.file.device, |m| m.lock_device);
         let in_table = image.rows_certain && image.table_rows.iter().any(LockRecord::counts);
         in_table.then_some((FileId { device, ..image.file }, image.file))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::monitor::examples::image;
+
+    #[test]
+    fn only_two_walks_for_the_very_same_locks_are_enough() {
+        let (one, other) = (image("a", "cw/w"), image("a", "c/w"));
+        let mut sought = Sought::new(&one);
+        assert!(!sought.walked_in_vain(&one));
+        assert!(sought.walked_in_vain(&one));
+        // Locks that change all the time were never walked for twice.
+        let mut sought = Sought::new(&one);
+        for now in [&one, &other, &one, &other, &one] {
+            assert!(!sought.walked_in_vain(now));
+        }
+        // The same bytes of another file at that path are other locks.
+        let inode = one.file.inode + 1;
+        let replaced = ImageSample { file: FileId { inode, ..one.file }, ..one.clone() };
+        let mut sought = Sought::new(&one);
+        assert!(!sought.walked_in_vain(&one));
+        assert!(!sought.walked_in_vain(&replaced));
+        assert!(!sought.walked_in_vain(&replaced));
+        assert!(sought.walked_in_vain(&replaced));
+    }
+
+    #[test]
+    fn two_walks_come_soon_and_more_take_a_small_part_of_the_time() {
+        let (start, took) = (Instant::now(), Duration::from_millis(100));
+        let mut pace = Pace::default();
+        assert!(pace.is_due(start));
+        pace.walked(took, start);
+        assert!(!pace.is_due(start) && pace.is_due(start + took));
+        pace.walked(took, start + took * 2);
+        assert!(!pace.is_due(start + took * 50));
+        // Whatever there is to seek.
+        let (mut pace, mut now, mut walks) = (Pace::default(), start, 0);
+        while now < start + Duration::from_secs(100) {
+            now += Duration::from_millis(10);
+            if pace.is_due(now) {
+                now += took;
+                pace.walked(took, now);
+                walks += 1;
+            }
+        }
+        assert!((18..=22).contains(&walks), "{walks} walks of 0.1 s in 100 s");
+        pace.failed(now);
+        assert!(!pace.is_due(now) && pace.is_due(now + TRY_AGAIN));
     }
 }

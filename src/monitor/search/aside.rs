@@ -8,12 +8,12 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
-use super::{Search, Walked, matters, walk_one};
+use super::{Search, Walked, mappers, matters, walk_one};
+use crate::linux::ReadError;
 use crate::linux::crew::Crew;
-use crate::linux::descriptors::{NotListed, OpenDescriptor, ProcessEntry};
+use crate::linux::descriptors::{self, NotListed, OpenDescriptor, ProcessEntry};
 use crate::linux::identity::FileId;
 use crate::linux::lanes::PATIENCE;
-use crate::linux::mappings;
 
 /// Called when a walk is over.
 pub(in crate::monitor) type Wake = Arc<dyn Fn() + Send + Sync>;
@@ -33,12 +33,13 @@ struct Found {
     over: WalkOver,
 }
 
-/// A walk that is over.
-#[derive(Default)]
+/// A walk that has come to its end.
 pub(in crate::monitor) struct WalkOver {
     pub(in crate::monitor) took: Duration,
     /// Who has which of the files mapped that this was asked about.
     pub(in crate::monitor) mapped: HashMap<FileId, Vec<i32>>,
+    /// There were no descriptors left to read everybody with.
+    pub(in crate::monitor) exhausted: Option<ReadError>,
 }
 
 /// Rings when it goes, also when what goes is a thread that panics.
@@ -57,7 +58,7 @@ impl Search {
         const OF_ONE: Duration = Duration::from_micros(3);
         let of_process = |descriptors: u64| 10 + u32::try_from(descriptors.min(100_000)).unwrap_or_default();
         let all: u32 = self.seen.values().map(|s| if s.hidden { 10 } else { of_process(s.descriptors) }).sum();
-        OF_ONE * all / self.cores
+        OF_ONE * all / self.crew.threads()
     }
 
     /// Whether a walk goes on aside.
@@ -78,19 +79,14 @@ impl Search {
         let mut crew = self.aside.crew.take().unwrap_or_else(|| Crew::new(PATIENCE));
         let (found, going_on) = mpsc::channel();
         let walk = move || {
-            let _bell = Bell(wake);
+            // Rung after the other end has been told or dropped: whoever is woken must see that it is over.
+            let (_bell, found) = (Bell(wake), found);
             let started = Instant::now();
-            let questions: Vec<(i32, ())> = entries.iter().map(|e| (e.pid, ())).collect();
             let theirs = Arc::clone(&roots);
-            let walked = crew.ask(questions.clone(), move |pid, ()| walk_one(&theirs, pid, &wanted, None));
-            let mut mappers: HashMap<FileId, Vec<i32>> = HashMap::new();
-            if !mapped.is_empty() {
-                let asked = crew.ask(questions, move |pid, ()| mappings::of_process(&roots, pid, &mapped));
-                for (entry, files) in entries.iter().zip(asked) {
-                    files.into_iter().flatten().for_each(|file| mappers.entry(file).or_default().push(entry.pid));
-                }
-            }
-            let over = WalkOver { took: started.elapsed(), mapped: mappers };
+            let questions = entries.iter().map(|e| (e.pid, ())).collect();
+            let walked = crew.ask(questions, move |pid, ()| walk_one(&theirs, pid, &wanted));
+            let mapped = mappers(&mut crew, &roots, entries.iter().map(|e| e.pid).collect(), mapped);
+            let over = WalkOver { took: started.elapsed(), mapped, exhausted: None };
             // Nobody waits for it any more when the program is ending.
             let _ = found.send(Found { crew, entries, walked, over });
         };
@@ -99,38 +95,54 @@ impl Search {
         started
     }
 
-    /// Takes over what the walk aside has found; `None` while none is over.
+    /// Takes over what the walk aside has found; `None` while none has come to its end. One that broke off has found
+    /// nothing: then no walk goes on any more.
     pub(in crate::monitor) fn take_walk(&mut self, wanted: &HashSet<FileId>) -> Option<WalkOver> {
         let found = match self.aside.going_on.as_ref()?.try_recv() {
             Ok(found) => found,
             Err(TryRecvError::Empty) => return None,
-            // It panicked: it has found nothing.
             Err(TryRecvError::Disconnected) => {
                 self.aside.going_on = None;
-                return Some(WalkOver::default());
+                return None;
             }
         };
         self.aside = Aside { crew: Some(found.crew), going_on: None };
+        let mut over = found.over;
+        let mut exhausted = false;
         let mut new: Vec<OpenDescriptor> = Vec::new();
         for (entry, walked) in found.entries.iter().zip(found.walked) {
+            let Some(seen) = self.seen.get_mut(&entry.pid).filter(|s| s.entry_inode == entry.entry_inode) else {
+                // It has gone, or is new and was walked as such.
+                continue;
+            };
             match walked {
-                Some((_, _, Ok(descriptors))) => new.extend(descriptors.into_iter().filter(|d| !self.knows(d))),
-                Some((_, _, Err(NotListed::Gone | NotListed::Hidden))) => {}
+                Some(Walked { listed: Ok(descriptors), .. }) => {
+                    if seen.hidden {
+                        // It can be read again. How many it has now is not known: it counts as changed.
+                        (seen.hidden, seen.descriptors) = (false, u64::MAX);
+                    }
+                    let worth = |d: &OpenDescriptor| wanted.contains(&d.file) || matters(d);
+                    new.extend(descriptors.into_iter().filter(worth));
+                }
+                Some(Walked { listed: Err(NotListed::Gone), .. }) => {}
+                Some(Walked { is_kernel_thread, listed: Err(NotListed::Hidden), .. }) => {
+                    seen.hidden = !is_kernel_thread;
+                }
                 // What it has is not known, and it is walked again.
-                None | Some((_, _, Err(NotListed::Exhausted))) => {
-                    let seen = self.seen.get_mut(&entry.pid).filter(|s| s.entry_inode == entry.entry_inode);
-                    seen.into_iter().for_each(|seen| (seen.hidden, seen.descriptors) = (true, u64::MAX));
+                None | Some(Walked { listed: Err(NotListed::Exhausted), .. }) => {
+                    (seen.hidden, seen.descriptors) = (true, u64::MAX);
+                    exhausted |= walked.is_some();
                 }
             }
         }
-        let now = self.again(new.iter().collect());
-        let (wanted, nameless): (Vec<_>, Vec<_>) = now.into_iter().flatten().partition(|d| wanted.contains(&d.file));
-        for descriptor in wanted {
-            self.altered.insert(descriptor.file);
-            self.known.entry(descriptor.file).or_default().descriptors.push(descriptor);
-        }
-        self.add_deleted(nameless.into_iter().filter(matters).collect());
-        Some(found.over)
+        over.exhausted = exhausted.then(|| self.exhausted());
+        new.retain(|d| !self.knows(d));
+        let roots = Arc::clone(&self.roots);
+        let questions = new.iter().map(|d| (d.pid, (d.fd, d.file))).collect();
+        let now = self.crew.ask(questions, move |pid, (fd, file)| descriptors::again(&roots, pid, fd, file));
+        // What does not answer now is not believed.
+        self.add(now.into_iter().filter_map(|d| d?.ok()?).collect(), wanted);
+        Some(over)
     }
 
     fn knows(&self, new: &OpenDescriptor) -> bool {
@@ -160,17 +172,12 @@ mod tests {
         let wanted = Arc::new(ids.iter().copied().collect::<HashSet<_>>());
         let known = File::open(path("known")).unwrap();
         let mut search = Search::new(Roots::host());
-        search.scan(&Depth::All, &wanted).unwrap();
+        search.scan(Depth::All, &wanted).unwrap();
         // As many descriptors as before: only a walk can tell. Another test may open something meanwhile, which is as well.
         let new = File::open(path("new")).unwrap();
         drop(known);
         assert!(search.estimate() > Duration::ZERO && search.take_walk(&wanted).is_none());
-        let (wake, woken) = mpsc::channel();
-        assert!(search.start_walk(&wanted, HashSet::new(), Arc::new(move || wake.send(()).unwrap_or_default())));
-        assert!(search.is_walking());
-        woken.recv_timeout(Duration::from_secs(60)).unwrap();
-        assert!(search.take_walk(&wanted).unwrap().took > Duration::ZERO);
-        assert!(!search.is_walking());
+        assert!(walk(&mut search, &wanted).unwrap().took > Duration::ZERO);
         let pid = i32::try_from(std::process::id()).unwrap();
         let of = |search: &Search, id: FileId| search.descriptors(id).iter().filter(|d| d.pid == pid).count();
         assert_eq!(
@@ -182,5 +189,43 @@ mod tests {
         search.refresh(&wanted);
         assert_eq!((of(&search, ids[0]), of(&search, ids[1])), (0, 1));
         drop(new);
+    }
+
+    /// Walks aside until that is over.
+    fn walk(search: &mut Search, wanted: &Arc<HashSet<FileId>>) -> Option<WalkOver> {
+        let (wake, woken) = mpsc::channel();
+        assert!(search.start_walk(wanted, HashSet::new(), Arc::new(move || wake.send(()).unwrap_or_default())));
+        woken.recv_timeout(Duration::from_secs(60)).unwrap();
+        let over = search.take_walk(wanted);
+        assert!(!search.is_walking());
+        over
+    }
+
+    #[test]
+    fn who_can_be_read_is_told_anew_by_each_walk() {
+        let wanted = Arc::new(HashSet::new());
+        let mut search = Search::new(Roots::host());
+        search.scan(Depth::All, &wanted).unwrap();
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let before = search.hidden();
+        let ours = search.seen.get_mut(&pid).unwrap();
+        (ours.hidden, ours.descriptors) = (true, u64::MAX);
+        assert!(walk(&mut search, &wanted).is_some());
+        assert_eq!((search.seen[&pid].hidden, search.seen[&pid].descriptors), (false, u64::MAX));
+        // A pid that another process has by now is not meant.
+        search.seen.get_mut(&pid).unwrap().hidden = true;
+        search.seen.get_mut(&pid).unwrap().entry_inode += 1;
+        assert!(walk(&mut search, &wanted).is_some());
+        assert!(search.seen[&pid].hidden && search.hidden() > before.saturating_sub(1));
+    }
+
+    #[test]
+    fn a_walk_that_breaks_off_is_over_and_has_found_nothing() {
+        let mut search = Search::new(Roots::host());
+        let (found, going_on) = mpsc::channel();
+        search.aside.going_on = Some(going_on);
+        assert!(search.take_walk(&HashSet::new()).is_none() && search.is_walking(), "it goes on");
+        drop(found);
+        assert!(search.take_walk(&HashSet::new()).is_none() && !search.is_walking());
     }
 }

@@ -6,6 +6,7 @@
 
 mod aside;
 mod known;
+mod walk;
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -15,19 +16,19 @@ use std::time::Instant;
 use aside::Aside;
 pub(super) use aside::Wake;
 use known::{Known, KnownProcess};
+use walk::{Walked, look_at, mappers, walk_one};
 
 use super::sample::DeletedImage;
 use crate::linux::crew::Crew;
 use crate::linux::descriptors::{self, NotListed, OpenDescriptor, OpenMode, ProcessEntry};
-use crate::linux::identity::{FileId, FileKind, FileStatus};
+use crate::linux::identity::FileId;
 use crate::linux::lanes::PATIENCE;
-use crate::linux::mappings;
-use crate::linux::process::{self, Users};
+use crate::linux::process::Users;
 use crate::linux::task_files::TaskFiles;
 use crate::linux::{ReadError, Roots};
 
 /// How much of the host a search goes through.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Depth {
     /// Processes that were not there the last time.
     New,
@@ -37,9 +38,6 @@ pub(super) enum Depth {
     Changed,
     /// All of them.
     All,
-    /// All of them, but only at those descriptors that the kernel names for files with these numbers. They are those of
-    /// the superblock, as in `/proc/locks`.
-    Named(HashSet<FileId>),
 }
 
 /// What is known of who has what open.
@@ -48,7 +46,6 @@ pub(super) struct Search {
     users: Arc<Users>,
     crew: Crew<i32>,
     aside: Aside,
-    cores: u32,
     seen: HashMap<i32, Seen>,
     /// The processes as they were listed last, and what `/proc/loadavg` said before: while it says the same, none has
     /// started or ended.
@@ -87,13 +84,11 @@ impl Search {
     pub(super) fn new(roots: Roots) -> Self {
         let users = Arc::new(Users::read(Path::new("/etc/passwd")));
         let (roots, crew) = (Arc::new(roots), Crew::new(PATIENCE));
-        let cores = std::thread::available_parallelism().ok().and_then(|n| u32::try_from(n.get()).ok()).unwrap_or(1);
         Self {
             roots,
             users,
             crew,
             aside: Aside::default(),
-            cores,
             seen: HashMap::new(),
             known: HashMap::new(),
             altered: HashSet::new(),
@@ -169,82 +164,120 @@ impl Search {
     }
 
     /// Walks the descriptors of processes for any of `wanted`.
-    pub(super) fn scan(&mut self, depth: &Depth, wanted: &Arc<HashSet<FileId>>) -> Result<(), ReadError> {
+    pub(super) fn scan(&mut self, depth: Depth, wanted: &Arc<HashSet<FileId>>) -> Result<(), ReadError> {
+        let entries = self.list()?;
+        let in_turn = if depth == Depth::InTurn { self.turn(&entries) } else { HashSet::new() };
+        let is_due = |e: &ProcessEntry| in_turn.contains(&e.pid) || self.is_due(e, depth);
+        let to_walk: Vec<ProcessEntry> = entries.into_iter().filter(is_due).collect();
+        let (roots, theirs) = (Arc::clone(&self.roots), Arc::clone(wanted));
+        let questions = to_walk.iter().map(|e| (e.pid, ())).collect();
+        let walked = self.crew.ask(questions, move |pid, ()| walk_one(&roots, pid, &theirs));
+        self.take_in(to_walk, walked, wanted)
+    }
+
+    /// Looks at those descriptors only that the kernel names for files with these numbers, which are those of the
+    /// superblock, as in `/proc/locks`. Returns whether it could be asked.
+    ///
+    /// A descriptor that moves meanwhile may be missed.
+    pub(super) fn scan_named(
+        &mut self,
+        numbers: &HashSet<FileId>,
+        wanted: &Arc<HashSet<FileId>>,
+    ) -> Result<bool, ReadError> {
+        if !self.can_name() {
+            return Ok(false);
+        }
+        let entries = self.list()?;
+        let roots = Arc::clone(&self.roots);
+        let pids: Vec<(i32, ())> = entries.iter().map(|e| (e.pid, ())).collect();
+        // Counted before the kernel is asked: what is opened later then shows as a change.
+        let counts = self.crew.ask(pids, move |pid, ()| descriptors::count(&roots, pid).unwrap_or_default());
+        let Some(mut named) = self.named(numbers) else { return Ok(false) };
+        let (roots, theirs) = (Arc::clone(&self.roots), Arc::clone(wanted));
+        // Who did not answer is asked again, and is found to be silent.
+        let of_process = |(e, count): (&ProcessEntry, Option<u64>)| {
+            (e.pid, (count.unwrap_or_default(), named.remove(&e.pid).unwrap_or_default()))
+        };
+        let questions = entries.iter().zip(counts).map(of_process).collect();
+        let walked = self
+            .crew
+            .ask(questions, move |pid, (count, fds): (u64, Vec<i32>)| look_at(&roots, pid, count, &fds, &theirs));
+        self.take_in(entries, walked, wanted).map(|()| true)
+    }
+
+    /// Every process; those that have gone are forgotten.
+    fn list(&mut self) -> Result<Vec<ProcessEntry>, ReadError> {
         let entries = self.processes()?;
         let alive: HashSet<i32> = entries.iter().map(|e| e.pid).collect();
         let gone: Vec<i32> = self.seen.keys().filter(|p| !alive.contains(p)).copied().collect();
         gone.into_iter().for_each(|pid| self.forget(pid));
+        Ok(entries)
+    }
 
-        let in_turn = if *depth == Depth::InTurn { self.turn(&entries) } else { HashSet::new() };
-        let is_due = |e: &ProcessEntry| in_turn.contains(&e.pid) || self.is_due(e, depth);
-        let to_walk: Vec<ProcessEntry> = entries.into_iter().filter(is_due).collect();
+    /// Takes over what was found of processes just now.
+    fn take_in(
+        &mut self,
+        entries: Vec<ProcessEntry>,
+        walked: Vec<Option<Walked>>,
+        wanted: &HashSet<FileId>,
+    ) -> Result<(), ReadError> {
         // Another process may have the pid by now.
         let renewed = |e: &&ProcessEntry| self.seen.get(&e.pid).is_some_and(|s| s.entry_inode != e.entry_inode);
-        let renewed = to_walk.iter().filter(renewed).map(|e| e.pid).filter(|pid| self.facts.contains_key(pid));
+        let renewed = entries.iter().filter(renewed).map(|e| e.pid).filter(|pid| self.facts.contains_key(pid));
         self.confirm(renewed.collect());
-        let walked: HashSet<i32> = to_walk.iter().map(|e| e.pid).collect();
-        let named = match depth {
-            Depth::Named(numbers) => self.named(numbers),
-            Depth::New | Depth::InTurn | Depth::Changed | Depth::All => None,
-        };
-        let results = self.walk(&to_walk, wanted, named);
-        let mut silent = HashSet::new();
+        let mut known_anew = HashSet::new();
         let mut exhausted = false;
         let mut found = Vec::new();
-        for (entry, result) in to_walk.into_iter().zip(results) {
-            let (descriptors, hidden) = match result {
-                Some((count, _, Ok(of_process))) => {
-                    found.extend(of_process);
-                    (count, false)
-                }
-                Some((_, _, Err(NotListed::Gone))) => {
+        for (entry, walked) in entries.into_iter().zip(walked) {
+            let (descriptors, hidden) = match walked {
+                Some(Walked { listed: Err(NotListed::Gone), .. }) => {
                     self.forget(entry.pid);
                     continue;
                 }
+                Some(Walked { count, listed: Ok(of_process), .. }) => {
+                    known_anew.insert(entry.pid);
+                    found.extend(of_process);
+                    (count, false)
+                }
                 // Kernel threads may not be read either, but have nothing open.
-                Some((count, is_kernel_thread, Err(NotListed::Hidden))) => (count, !is_kernel_thread),
+                Some(Walked { count, is_kernel_thread, listed: Err(NotListed::Hidden) }) => {
+                    known_anew.insert(entry.pid);
+                    (count, !is_kernel_thread)
+                }
                 // It does not answer, or we have no descriptor left to read it with: what is known of it stays, what it
                 // has besides is not known, and it is walked again.
-                None | Some((_, _, Err(NotListed::Exhausted))) => {
-                    exhausted |= result.is_some();
-                    silent.insert(entry.pid);
+                None | Some(Walked { listed: Err(NotListed::Exhausted), .. }) => {
+                    exhausted |= walked.is_some();
                     (u64::MAX, true)
                 }
             };
             self.seen.insert(entry.pid, Seen { entry_inode: entry.entry_inode, descriptors, hidden });
         }
-        let known_anew = |pid: i32| walked.contains(&pid) && !silent.contains(&pid);
-        self.drop_descriptors(|d| known_anew(d.pid));
-        self.deleted.retain(|d| !known_anew(d.descriptor.pid));
-        let mut nameless = Vec::new();
-        for descriptor in found {
-            if wanted.contains(&descriptor.file) {
-                self.altered.insert(descriptor.file);
-                self.known.entry(descriptor.file).or_default().descriptors.push(descriptor);
-            } else if matters(&descriptor) {
-                nameless.push(descriptor);
-            }
+        self.drop_descriptors(|d| known_anew.contains(&d.pid));
+        self.deleted.retain(|d| !known_anew.contains(&d.descriptor.pid));
+        self.add(found, wanted);
+        if exhausted { Err(self.exhausted()) } else { Ok(()) }
+    }
+
+    /// Adds descriptors that are not known yet.
+    fn add(&mut self, found: Vec<OpenDescriptor>, wanted: &HashSet<FileId>) {
+        let (wanted, nameless): (Vec<_>, Vec<_>) = found.into_iter().partition(|d| wanted.contains(&d.file));
+        for descriptor in wanted {
+            self.altered.insert(descriptor.file);
+            self.known.entry(descriptor.file).or_default().descriptors.push(descriptor);
         }
-        self.add_deleted(nameless);
-        if exhausted {
-            let path = self.roots.proc.clone();
-            let source = std::io::Error::from(rustix::io::Errno::MFILE);
-            return Err(ReadError { path, source });
-        }
-        Ok(())
+        self.add_deleted(nameless.into_iter().filter(matters).collect());
+    }
+
+    /// There is no descriptor left to read processes with.
+    fn exhausted(&self) -> ReadError {
+        ReadError { path: self.roots.proc.clone(), source: std::io::Error::from(rustix::io::Errno::MFILE) }
     }
 
     /// Which of the processes that are known have which of `files` mapped.
     pub(super) fn mappings(&mut self, files: HashSet<FileId>) -> HashMap<FileId, Vec<i32>> {
-        let (roots, files) = (Arc::clone(&self.roots), Arc::new(files));
-        let questions: Vec<(i32, ())> = self.seen.keys().map(|pid| (*pid, ())).collect();
-        let pids: Vec<i32> = questions.iter().map(|(pid, ())| *pid).collect();
-        let asked = self.crew.ask(questions, move |pid, ()| mappings::of_process(&roots, pid, &files));
-        let mut found: HashMap<FileId, Vec<i32>> = HashMap::new();
-        for (pid, mapped) in pids.into_iter().zip(asked) {
-            mapped.unwrap_or_default().into_iter().for_each(|file| found.entry(file).or_default().push(pid));
-        }
-        found
+        let pids = self.seen.keys().copied().collect();
+        mappers(&mut self.crew, &self.roots, pids, files)
     }
 
     /// The next processes in turn.
@@ -254,7 +287,9 @@ impl Search {
         let mut pids: Vec<i32> = entries.iter().map(|e| e.pid).filter(|pid| *pid > after).collect();
         pids.sort_unstable();
         let mut count = 0.0;
-        let descriptors = |pid: i32| self.seen.get(&pid).map_or(0, |seen| seen.descriptors).min(100_000);
+        // Who may not be read, or did not answer, costs nothing more, and must not keep the others waiting.
+        let readable = |pid: i32| self.seen.get(&pid).filter(|seen| !seen.hidden);
+        let descriptors = |pid: i32| readable(pid).map_or(0, |seen| seen.descriptors).min(100_000);
         let turn: Vec<i32> = pids
             .into_iter()
             .take_while(|pid| {
@@ -277,7 +312,7 @@ impl Search {
     /// The descriptors of each process that lead to files with these numbers, or to deleted ones, as the kernel itself
     /// tells; `None` where it cannot be asked.
     fn named(&mut self, numbers: &HashSet<FileId>) -> Option<HashMap<i32, Vec<i32>>> {
-        let task_files = if self.can_name() { self.task_files.as_mut()?.as_mut()? } else { return None };
+        let task_files = self.task_files.as_mut()?.as_mut()?;
         let mut named: HashMap<i32, Vec<i32>> = HashMap::new();
         let pass = task_files.each(|open| {
             let number = FileId { device: open.device, inode: open.inode };
@@ -288,20 +323,7 @@ impl Search {
         pass.is_ok().then_some(named)
     }
 
-    /// Walks the descriptors of processes: how many each has, and those that lead to a wanted file, or to a deleted one,
-    /// which may have been wanted. With `named` only those.
-    fn walk(
-        &mut self,
-        entries: &[ProcessEntry],
-        wanted: &Arc<HashSet<FileId>>,
-        named: Option<HashMap<i32, Vec<i32>>>,
-    ) -> Vec<Option<Walked>> {
-        let (roots, wanted, named) = (Arc::clone(&self.roots), Arc::clone(wanted), named.map(Arc::new));
-        let questions = entries.iter().map(|e| (e.pid, ())).collect();
-        self.crew.ask(questions, move |pid, ()| walk_one(&roots, pid, &wanted, named.as_deref()))
-    }
-
-    fn is_due(&self, entry: &ProcessEntry, depth: &Depth) -> bool {
+    fn is_due(&self, entry: &ProcessEntry, depth: Depth) -> bool {
         let Some(seen) = self.seen.get(&entry.pid).filter(|s| s.entry_inode == entry.entry_inode) else {
             return true;
         };
@@ -310,38 +332,16 @@ impl Search {
             Depth::Changed => {
                 !seen.hidden && descriptors::count(&self.roots, entry.pid).is_none_or(|n| n != seen.descriptors)
             }
-            Depth::All | Depth::Named(_) => true,
+            Depth::All => true,
         }
     }
-}
-
-/// How many descriptors a process has, whether it is hidden because it is a thread of the kernel, and what was found.
-type Walked = (u64, bool, Result<Vec<OpenDescriptor>, NotListed>);
-
-/// Walks the descriptors of one process; with `named` only those.
-fn walk_one(roots: &Roots, pid: i32, wanted: &HashSet<FileId>, named: Option<&HashMap<i32, Vec<i32>>>) -> Walked {
-    let is_wanted = |s: &FileStatus| wanted.contains(&s.id) || (s.links == 0 && s.kind == FileKind::Regular);
-    // Counted first: what is opened during the walk then shows as a change.
-    let count = descriptors::count(roots, pid).unwrap_or_default();
-    let listed = match named.zip(descriptors::may_be_read(roots, pid)) {
-        Some((_, false)) => Err(NotListed::Hidden),
-        Some((named, true)) => {
-            let fds = named.get(&pid).into_iter().flatten();
-            let listed = fds.map(|fd| descriptors::of_one(roots, pid, *fd, &is_wanted));
-            listed.filter_map(Result::transpose).collect()
-        }
-        None if named.is_some() && count == 0 => Ok(Vec::new()),
-        None => descriptors::of_process(roots, pid, &is_wanted),
-    };
-    let hidden = matches!(listed, Err(NotListed::Hidden));
-    let is_kernel_thread = hidden && process::brief(roots, pid).is_some_and(|b| b.is_kernel_thread);
-    (count, is_kernel_thread, listed)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::linux::identity::status;
+    use crate::linux::process;
     use std::fs::File;
 
     #[test]
@@ -352,10 +352,10 @@ mod tests {
         let pid = i32::try_from(std::process::id()).unwrap();
         let mut search = Search::new(Roots::host());
         let ours = |s: &Search| s.descriptors(id).iter().filter(|d| d.pid == pid).count();
-        search.scan(&Depth::All, &wanted).unwrap();
+        search.scan(Depth::All, &wanted).unwrap();
         assert_eq!(ours(&search), 1);
         let second = File::open(image.path()).unwrap();
-        search.scan(&Depth::All, &wanted).unwrap();
+        search.scan(Depth::All, &wanted).unwrap();
         assert_eq!(ours(&search), 2);
         drop(second);
         search.refresh(&wanted);
@@ -373,18 +373,21 @@ mod tests {
         let id = status(image.path()).unwrap().id;
         let wanted = Arc::new(HashSet::from([id]));
         let second = File::open(image.path()).unwrap();
-        let found = |depth: &Depth| {
+        let found = |by_name: bool| {
             let mut search = Search::new(Roots::host());
-            search.scan(depth, &wanted).unwrap();
+            // Where the kernel does not name them there is nothing to compare.
+            if !by_name || !search.scan_named(&HashSet::from([id]), &wanted).unwrap() {
+                search.scan(Depth::All, &wanted).unwrap();
+            }
             let mut found = search.descriptors(id).to_vec();
             found.sort_by_key(|d| d.fd);
             found
         };
-        let named = found(&Depth::Named(HashSet::from([id])));
+        let named = found(true);
         assert_eq!(named.len(), 2);
-        assert_eq!(named, found(&Depth::All));
+        assert_eq!(named, found(false));
         drop(second);
-        assert_eq!(found(&Depth::Named(HashSet::from([id]))).len(), 1);
+        assert_eq!(found(true).len(), 1);
     }
 
     #[test]
@@ -410,13 +413,13 @@ mod tests {
         let wanted = Arc::new(HashSet::from([id]));
         let pid = i32::try_from(std::process::id()).unwrap();
         let mut search = Search::new(Roots::host());
-        search.scan(&Depth::All, &wanted).unwrap();
+        search.scan(Depth::All, &wanted).unwrap();
         search.learn(&HashSet::from([pid]));
         // As if somebody else had had our pid when we last looked.
         Arc::make_mut(&mut search.facts.get_mut(&pid).unwrap().facts).id.start_time += 1;
         search.refresh(&wanted);
         assert!(search.descriptors(id).iter().all(|d| d.pid != pid));
-        search.scan(&Depth::InTurn, &wanted).unwrap();
+        search.scan(Depth::InTurn, &wanted).unwrap();
         assert_eq!(search.descriptors(id).iter().filter(|d| d.pid == pid).count(), 1);
         search.learn(&HashSet::from([pid]));
         assert_eq!(search.facts(pid).unwrap().id, process::brief(&Roots::host(), pid).unwrap().id);
