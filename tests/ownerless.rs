@@ -21,6 +21,7 @@ use std::time::Duration;
 use everyone::{list, list_of, qlock_top};
 use fuse::{Content, Foreign, Fuse, Mode, Setup};
 use places::{LoopDevice, next_line, ready};
+use qlock::hold::HeldAccess;
 use qlock::linux::Roots;
 use qlock::monitor::look::{Looker, Scope};
 use qlock::monitor::sample::Sample;
@@ -251,6 +252,12 @@ fn a_search_that_takes_long_goes_on_aside_and_nobody_is_ruled_out_before_it_is_o
         let first = understood(looker.look(Scope::Everything));
         assert_eq!((first.verdict, first.holders.len()), (Verdict::Unknown, 0));
         assert!(text(&first).contains("still being searched"), "{}", text(&first));
+        // Whoever joins meanwhile is found as ever.
+        let ours = HeldAccess::acquire(path, "c/-".parse().unwrap()).unwrap();
+        let joined = understood(looker.look(Scope::Everything));
+        let joined: Vec<u32> = joined.holders.iter().map(|h| h.process.id.pid.unsigned_abs()).collect();
+        assert_eq!(joined, [std::process::id()]);
+        drop(ours);
         let seen = wait_for("the end of the search", || {
             // Looks that come meanwhile neither wait for it nor know better.
             let meanwhile = understood(looker.look(Scope::Everything));
