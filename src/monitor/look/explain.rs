@@ -214,6 +214,7 @@ impl Looker {
 
     /// Remembers what was opened, so that whoever did is found.
     pub fn expect_openers(&mut self, touched: &Touched) {
+        self.unheard |= touched.lost;
         for (path, balance) in &touched.balance {
             let Some(image) = self.images.get(path.as_path()) else { continue };
             let known = self.search.descriptors(image.file).len();

@@ -41,6 +41,7 @@ impl Looker {
             .filter(|(path, _)| !kept.contains(path) && answers(path))
             .map(|(path, is_directory)| Change::Add { path: path.clone(), is_directory: *is_directory });
         let changes: Vec<(Lane, Change)> = remove.chain(add).map(|change| (Lane::Watch, change)).collect();
+        self.unheard |= changes.iter().any(|(_, change)| matches!(change, Change::Add { .. }));
         let asked: Vec<PathBuf> = changes
             .iter()
             .map(|(_, change)| match change {
@@ -112,14 +113,14 @@ impl Looker {
         }
     }
 
-    /// Takes over the list where it is another, or where what could not be watched before can be now. Returns whether it
-    /// is another.
+    /// Takes over the list where it is another, or where what could not be watched before can be now. Returns whether
+    /// there is something to look at because of it.
     pub(super) fn follow_listing(&mut self, recovered: bool) -> bool {
-        let listing = self.catalog.refresh(&mut self.storage);
-        if self.has_rested_from_events() || listing || recovered {
+        let changed = self.catalog.refresh(&mut self.storage) | self.has_rested_from_events();
+        if changed || recovered {
             self.take_listing();
         }
-        listing
+        changed
     }
 
     /// Whether a rest from events is over since this was last asked: then they are listened to again.

@@ -45,7 +45,7 @@ pub enum Scope<'a> {
 /// Where it is worth looking before the next tick.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hint {
-    /// Files came or went.
+    /// Files came or went, or events are listened to again after a rest.
     pub listing: bool,
     /// Resolved paths of images whose locks may have changed.
     pub files: HashSet<PathBuf>,
@@ -71,6 +71,8 @@ pub struct Looker {
     /// What could not be watched, and whether it is a directory.
     failed: Vec<(PathBuf, bool)>,
     resting_until: Option<Instant>,
+    /// Events were lost, or something was not watched until now: somebody may have opened an image unheard.
+    unheard: bool,
     storage: Storage,
     search: Search,
     host: String,
@@ -125,6 +127,7 @@ impl Looker {
             turn: (Instant::now(), 0),
             failed: Vec::new(),
             resting_until: None,
+            unheard: false,
             storage,
             host,
             entries: Vec::new(),
@@ -247,9 +250,15 @@ impl Looker {
             Scope::Files(_) => self.search.refresh(&self.ids(&targets)),
         }
         match scope {
-            _ if self.walks.is_first() => self.walk_first(&wanted),
+            _ if self.walks.is_first() => {
+                self.walk_first(&wanted);
+                self.unheard = false;
+            }
             Scope::Everything => self.scan(Depth::InTurn, &wanted),
             Scope::Files(_) => self.scan(Depth::New, &wanted),
+        }
+        if std::mem::take(&mut self.unheard) {
+            self.scan(Depth::Changed, &wanted);
         }
         self.explain(&changed, &wanted);
         if let Scope::Everything = scope {
