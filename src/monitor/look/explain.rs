@@ -147,8 +147,11 @@ impl Looker {
             } else {
                 // What is sought already is neither sought nor walked for once more.
                 open.retain(|e| !self.is_sought(&e.resolved));
+                if open.is_empty() {
+                    return;
+                }
                 // What the kernel names is enough to find a holder, and not to say that there is none.
-                let named = attempt == 1 && !open.is_empty() && self.walk_named(wanted);
+                let named = attempt == 1 && self.walk_named(wanted);
                 if !named && self.must_walk_aside() {
                     return self.seek(&open);
                 }

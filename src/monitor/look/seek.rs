@@ -78,6 +78,8 @@ impl Seek {
     /// What is locked there has its holders.
     pub(super) fn found(&mut self, resolved: &Path) {
         self.sought.remove(resolved);
+        // If somebody else takes it, the walk that goes on began before that.
+        self.walking_for.remove(resolved);
     }
 }
 
